@@ -1,0 +1,1 @@
+"""Offline: highlight logs in, a published ScaNN index version out."""

@@ -1,0 +1,338 @@
+"""The artefacts that stages hand to each other: folders, complete or not there, with a manifest written last.
+
+A stage writes into `.NAME.partial-<key>` beside its target, where `key` is the hash of its config and
+inputs, so a killed stage finds its own half-done work again and nobody else's. The swap is: target to
+`.NAME.old`, partial to target, old removed; `Artifact.open` finishes one that was interrupted.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+LIBRARIES = (
+    "apache-beam", "numpy", "polars", "pyarrow", "scann", "sentence-transformers",
+    "tensorflow", "tensorflow-recommenders", "torch", "transformers",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """One stage's complete output.
+
+    Attributes:
+        path: the folder.
+        manifest: kind, format, key, created (UTC), config, inputs ({path, digest}), rows (counts by
+            name), facts (what the stage found out), files ({name: sha256}), libraries.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    kind: ClassVar[str]
+    format: ClassVar[int] = 1
+    stage: ClassVar[str]
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a complete artefact.
+
+        Raises:
+            ArtifactError: it is not there, is another kind, or has a format this code does not know.
+        """
+        path = Path(path)
+        _finish_swap(path)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} has no {MANIFEST}: run stage {cls.stage} first") from None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise ArtifactError(f"{path / MANIFEST} is damaged: run stage {cls.stage} --force") from None
+        if manifest.get("kind") != cls.kind:
+            raise ArtifactError(f"{path} holds {manifest.get('kind')!r}, wanted {cls.kind!r}")
+        if manifest.get("format") != cls.format:
+            raise ArtifactError(
+                f"{path} has format {manifest.get('format')}, this code reads format {cls.format}: "
+                f"run stage {cls.stage} again"
+            )
+        return cls(path, manifest)
+
+    @property
+    def digest(self) -> str:
+        """Hash of what the artefact is, not of when it was made: equal content, equal digest."""
+        return _hash({name: self.manifest[name] for name in ("kind", "format", "config", "files")})
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return self.manifest["rows"]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.manifest["facts"]
+
+    def tables(self, name: str) -> list[Path]:
+        """The parts of a table such as "pairs": pairs-00000.parquet, pairs-00001.parquet, ..."""
+        return sorted(self.path.glob(f"{name}-*.parquet"))
+
+    def read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """All parts of a table in one; an empty table without columns where it has no rows."""
+        parts = [pq.read_table(part, columns=columns) for part in self.tables(name)]
+        return pa.concat_tables(parts, promote_options="default") if parts else pa.table({})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(Artifact):
+    """`pairs/`, all Parquet, in parts `NAME-00000.parquet`.
+
+    sessions-*:  session_id str, user_id str, start and end timestamp[us, UTC], document_ids list<str>
+    pairs-*:     anchor, positive, negative str (texts), anchor_id, positive_id, negative_id str,
+                 session_id str, user_id str; sessions of the train span
+    dev-*, test-*: the same columns, sessions of the later spans
+    documents-*: document_id str (unique), text str, title str, then any further columns as given
+    rejects-*:   file str, line int64, reason str, detail str; file and line null for pairs
+
+    facts: description (of the events), dev_start and test_start (ISO 8601, or null without events),
+        events (counts: read, in_sessions, duplicates, rejected), rejects ({reason: count}),
+        session_lengths ({"documents a session": sessions}), gap_duration.
+    rows: events, rejects, sessions, pairs, dev, test, documents.
+    """
+
+    kind: ClassVar[str] = "pairs"
+    stage: ClassVar[str] = "pairs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(Artifact):
+    """`model/`: a Sentence Transformers folder, and training.jsonl, one line an evaluation or log.
+
+    facts: dim (width of a vector), base_model (what was tuned: folder, hub name or package:NAME),
+        trained (false: the weights as they were), main_similarity, similarity_before and
+        similarity_after (EmbeddingSimilarityEvaluator on dev pairs, or null).
+    training.jsonl: step int, epoch float, and any of loss, accuracy_at_20, spearman_dot.
+    """
+
+    kind: ClassVar[str] = "model"
+    stage: ClassVar[str] = "train"
+
+    @property
+    def encoder_sha256(self) -> str:
+        """Names `encoders/<sha256>/`: the hash of the files that make a text's vector."""
+        return _hash({n: h for n, h in self.manifest["files"].items() if n != "training.jsonl"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings(Artifact):
+    """`embeddings/`: every document once, and the held-out queries.
+
+    embeddings.npy    float32 (n_documents, dim), unit length; row i is row i of documents.parquet
+    documents.parquet document_id, text, title, then any further columns
+    queries.npy       float32 (n_queries, dim), unit length, by the tuned model
+    queries.parquet   text str; kind "document" (a held-out anchor, its own row to be left out of every
+                      answer) or "typed" (half of an anchor's words, stands for a typed query);
+                      span "dev" or "test"; document_id str, document_row int32: the anchor's document
+    pool.parquet      document_row int32: the documents that all systems are compared over
+    untuned/documents.npy float32 (n_pool, dim): row i is the document of row i of pool.parquet
+    untuned/queries.npy   float32 (n_queries, dim), rows as queries.npy
+
+    Without events the queries are a seeded sample of the documents, and untuned/ is not there.
+    facts: dim, description, trained.  rows: documents, queries, pool.
+    """
+
+    kind: ClassVar[str] = "embeddings"
+    stage: ClassVar[str] = "encode"
+
+    def matrix(self) -> np.ndarray:
+        """The document vectors, memory-mapped read-only, float32 (n_documents, dim)."""
+        return np.load(self.path / "embeddings.npy", mmap_mode="r")
+
+
+@dataclasses.dataclass(frozen=True)
+class Index(Artifact):
+    """`index/`: a SavedModel without a version number, and what it answered.
+
+    saved_model.pb, variables/, assets.extra/documents.parquet (row number -> document)
+    found.parquet  query int32 (row of queries.npy), num_leaves_to_search int32 (0: exact layer),
+                   shipped bool (at the settings that were exported), document_rows list<int32> and
+                   scores list<float>, best first: k + 1 answers, the query's own document not removed;
+                   test queries only. Rows with shipped = false are the sweep over leaves searched.
+
+    facts: layer "scann" or "brute_force", settings (k, num_leaves, num_leaves_to_search,
+        num_reordering_candidates, dimensions_per_block, training_iterations, distance_measure; null
+        where the layer has none), tuning (list of {num_leaves_to_search, recall_at_10, low}),
+        latency_ms ({p50, p95, p99} of single queries through the loaded SavedModel), bytes, dim.
+    """
+
+    kind: ClassVar[str] = "index"
+    stage: ClassVar[str] = "index"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(Artifact):
+    """`report/`: report.json (the keys of `evaluate`) and report.html."""
+
+    kind: ClassVar[str] = "report"
+    stage: ClassVar[str] = "evaluate"
+
+    def figures(self) -> dict[str, Any]:
+        return json.loads((self.path / "report.json").read_text(encoding="utf-8"))
+
+
+@dataclasses.dataclass
+class Draft:
+    """An artefact being written: put files into `folder`, counts into `rows`, findings into `facts`."""
+
+    folder: Path
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def key_of(artifact: type[Artifact], config: Mapping[str, Any], inputs: Sequence[Artifact | Mapping]) -> str:
+    """Hash of everything that decides an artefact: code format, config, inputs."""
+    digests = [i.digest if isinstance(i, Artifact) else i["digest"] for i in inputs]
+    return _hash([artifact.kind, artifact.format, config, digests])
+
+
+def is_complete(artifact: type[Artifact], out: Path, key: str) -> bool:
+    """Whether `out` already holds what this config and these inputs make."""
+    try:
+        return artifact.open(out).manifest.get("key") == key
+    except ArtifactError:
+        return False
+
+
+@contextmanager
+def writing(
+    artifact: type[Artifact],
+    out: Path,
+    *,
+    config: Mapping[str, Any],
+    inputs: Sequence[Artifact | Mapping[str, str]],
+    scratch: Sequence[str] = (),
+) -> Iterator[Draft]:
+    """Write an artefact so that `out` is complete, or as it was before.
+
+    The folder of a failed or killed attempt with the same key is handed out again as it stands.
+
+    Args:
+        config: the stage's settings, JSON-ready.
+        inputs: artefacts, or {"path", "digest"} of given files.
+        scratch: names below the folder that help to go on after a kill, and are no part of the result.
+    """
+    out = Path(out)
+    _finish_swap(out)
+    key = key_of(artifact, config, inputs)
+    folder = out.parent / f".{out.name}.partial-{key[:16]}"
+    for stale in out.parent.glob(f".{out.name}.partial-*"):
+        if stale != folder:
+            shutil.rmtree(stale)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    draft = Draft(folder)
+    yield draft
+    for name in scratch:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    manifest = {
+        "kind": artifact.kind,
+        "format": artifact.format,
+        "key": key,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": dict(config),
+        "inputs": [
+            {"path": str(i.path), "digest": i.digest} if isinstance(i, Artifact) else dict(i) for i in inputs
+        ],
+        "rows": draft.rows,
+        "facts": draft.facts,
+        "files": file_hashes(folder),
+        "libraries": library_versions(),
+    }
+    for file in folder.rglob("*"):
+        if file.is_file():
+            fsync(file)
+    write_json(folder / MANIFEST, manifest)
+    fsync(folder)
+    _swap(folder, out)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON by a temporary name and a rename, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """{name relative to the folder: sha256} of every file below it, manifest.json at its top left out."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): sha256(file) for file in files if file != folder / MANIFEST}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed libraries that decide results."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # each stage can be installed alone
+    return found
+
+
+def fsync(path: Path) -> None:
+    """Put a file or a folder's entries on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(folder: Path, out: Path) -> None:
+    old = out.parent / f".{out.name}.old"
+    if out.exists():
+        out.rename(old)
+    folder.rename(out)
+    fsync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _finish_swap(out: Path) -> None:
+    """Complete a swap that a kill cut in two: the new folder where it is complete, else the old."""
+    old = out.parent / f".{out.name}.old"
+    if not old.exists():
+        return
+    if not out.exists():
+        complete = [p for p in out.parent.glob(f".{out.name}.partial-*") if (p / MANIFEST).exists()]
+        (complete[0] if complete else old).rename(out)
+        fsync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

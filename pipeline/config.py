@@ -1,0 +1,310 @@
+"""The settings of every stage: frozen dataclasses, each default once, and the only reader of YAML."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from pipeline.errors import ConfigError
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+Format = Literal["auto", "jsonl", "csv", "parquet"]
+Similarity = Literal["dot_product", "cosine", "euclidean", "manhattan"]
+Auto = Literal["auto"]
+Paths = Annotated[tuple[str, ...], Field(strict=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class EventsConfig:
+    """Where the highlight logs are, and what their columns are called."""
+
+    paths: Paths = ()  # files or globs, local or on any Beam file system; none: documents alone
+    format: Format = "auto"  # by the file's ending
+    user_id: str = "user_id"
+    document_id: str = "document_id"
+    timestamp: str = "timestamp"  # ISO 8601 with a zone, or epoch seconds or milliseconds
+    text: str | None = None  # the highlighted passage; needed where there is no documents file
+    max_rejected_share: Share = 0.01  # more rows than this in the rejects: the log is not what we think
+    description: str = ""  # said in every output, such as "simulated readers"
+
+
+@dataclass(frozen=True, config=STRICT)
+class DocumentsConfig:
+    """Where the documents are, and which columns make their text."""
+
+    paths: Paths = ()  # none: made from the events' texts
+    format: Format = "auto"
+    document_id: str = "document_id"
+    text: str | Paths = "text"  # several columns are joined, empty ones left out
+    separator: str = " - "
+    title: str | None = None  # shown to people; the text's first line where there is none
+    min_readers: Positive = 2  # made documents only: one reader's highlights never become public
+
+
+@dataclass(frozen=True, config=STRICT)
+class PairsConfig:
+    """How events become sessions, and sessions (anchor, positive, negative)."""
+
+    gap_duration: Positive = 1800  # seconds; a gap of exactly this starts a new session
+    holdout_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # of the sessions, for dev, and again for test
+    seed: int = 7
+    negatives: dict[Literal["cross_user"], Share] = dataclasses.field(
+        default_factory=lambda: {"cross_user": 1.0}
+    )
+    max_draws: Positive = 20  # without an eligible negative the pair is rejected as no_negative
+    n_buckets: Positive = 16  # files that users are hashed into; memory a worker is events / n_buckets
+    temp_location: str | None = None  # shared by all workers; default: beside the artefact
+
+    def __post_init__(self) -> None:
+        if abs(sum(self.negatives.values()) - 1) > 1e-9:
+            raise ValueError(f"negatives: the shares are {self.negatives}, but must add up to 1")
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    """Fine-tuning; the names are those of Sentence Transformers and its trainer."""
+
+    # A folder, a hub name or package:NAME. Multilingual-MiniLM's card names neither Korean nor Japanese.
+    model: str = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"
+    revision: str | None = None  # of a hub name
+    loss: Literal["multiple_negatives", "triplet", "contrastive"] = "multiple_negatives"
+    scale: float = 20.0  # multiple_negatives: 1 / temperature, the library's default
+    margin: Annotated[float, Field(gt=0, le=2)] = 0.5  # triplet, contrastive: of 1 - dot on unit rows
+    main_similarity: Similarity = "dot_product"  # must be the index's distance_measure
+    epochs: Annotated[float, Field(ge=0)] = 1  # 0: the weights as they are
+    batch_size: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup_ratio: Share = 0.1
+    max_seq_length: Positive | None = None  # tokens; default: the model's own
+    seed: int = 7
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware has it
+    max_pairs: Positive | None = None  # train on a seeded sample of the pairs
+    evaluations: Positive = 4  # during training, at equal distances
+    n_dev_pairs: Positive = 500  # for these evaluations
+    early_stopping_patience: Positive = 3  # evaluations without a better retrieval accuracy
+
+
+@dataclass(frozen=True, config=STRICT)
+class EncodeConfig:
+    """Texts to unit-length float32 rows."""
+
+    dim: Positive = 384
+    batch_size: Positive = 128
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_queries: Positive = 20_000  # held-out anchors, of dev and of test each
+    pool_size: Positive = 50_000  # documents that all models are compared over, beside the held-out positives
+
+
+@dataclass(frozen=True, config=STRICT)
+class IndexConfig:
+    """How the ScaNN index is built; the names are those of the tfrs ScaNN layer."""
+
+    k: Positive = 10  # results when a request names no k
+    distance_measure: Literal["dot_product"] = "dot_product"
+    num_leaves: Positive | Auto = "auto"  # about sqrt(rows); ScaNN docs/algorithms.md
+    num_leaves_to_search: Positive | Auto = "auto"  # auto: the fewest that meet target_recall on dev queries
+    num_reordering_candidates: Positive | Auto = "auto"  # rescored exactly; auto: 10 k, at least 100
+    training_iterations: Positive = 12  # k-means rounds, the layer's default
+    dimensions_per_block: Positive = 2  # advised by ScaNN docs/algorithms.md
+    exact_below: Annotated[int, Field(ge=0)] = 20_000  # fewer documents: brute force. 0: always ScaNN
+    target_recall: Share = 0.95  # recall@10 against exact search; publication refuses less
+    n_tuning_queries: Positive = 1000  # dev anchors
+    seed: int = 7
+
+    def __post_init__(self) -> None:
+        leaves, searched = self.num_leaves, self.num_leaves_to_search
+        if isinstance(leaves, int) and isinstance(searched, int) and searched > leaves:
+            raise ValueError(
+                f"num_leaves_to_search is {searched}, but num_leaves is {leaves}; choose 1 to {leaves}"
+            )
+        if isinstance(self.num_reordering_candidates, int) and self.num_reordering_candidates < self.k:
+            raise ValueError(
+                f"num_reordering_candidates is {self.num_reordering_candidates}, but k is {self.k}; "
+                f"choose {self.k} or more"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluateConfig:
+    """What the report measures."""
+
+    n_queries: Positive = 2000  # test anchors for the index's recall
+    n_draws: Positive = 10_000  # of the bootstrap over readers
+    n_examples: Positive = 10  # held-out queries shown with what each system found
+    seed: int = 7
+
+
+@dataclass(frozen=True, config=STRICT)
+class PublishConfig:
+    """Where versions go, and how many stay."""
+
+    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "index"
+    keep_versions: Positive = 3
+    folder: str | None = None  # holds models/ and encoders/; default: the work folder
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    """One section a stage, and one for each input."""
+
+    events: EventsConfig = EventsConfig()
+    documents: DocumentsConfig = DocumentsConfig()
+    pairs: PairsConfig = PairsConfig()
+    train: TrainConfig = TrainConfig()
+    encode: EncodeConfig = EncodeConfig()
+    index: IndexConfig = IndexConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    publish: PublishConfig = PublishConfig()
+
+    def __post_init__(self) -> None:
+        if self.train.main_similarity != self.index.distance_measure:
+            raise ValueError(
+                f"train.main_similarity is {self.train.main_similarity}, but index.distance_measure is "
+                f"{self.index.distance_measure}: the model would be judged by another order than the one "
+                f"that is served; set train.main_similarity to {self.index.distance_measure}"
+            )
+        if not self.events.paths and not self.documents.paths:
+            raise ValueError("events.paths and documents.paths are both empty; name the one or the other")
+        if not self.documents.paths and self.events.text is None:
+            raise ValueError(
+                "documents.paths is empty, so documents are made from the events' texts: "
+                "set events.text to the column that holds them"
+            )
+
+
+SECTIONS: dict[str, type] = {
+    "events": EventsConfig,
+    "documents": DocumentsConfig,
+    "pairs": PairsConfig,
+    "train": TrainConfig,
+    "encode": EncodeConfig,
+    "index": IndexConfig,
+    "evaluate": EvaluateConfig,
+    "publish": PublishConfig,
+}
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config and apply `SECTION.KEY=VALUE` overrides.
+
+    Paths in the file are relative to the file, paths in an override to the current folder.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type, or
+            settings contradict each other; the message names file, key, value and what is wanted.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        settings = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: got a {type(settings).__name__}, wanted sections such as `events:`")
+    _resolve_paths(settings, path.parent)
+    for override in overrides or []:
+        section, key, value = _parse_override(override)
+        patch = {section: {key: value}}
+        _resolve_paths(patch, Path.cwd())
+        existing = settings.setdefault(section, {})
+        if existing is None:
+            existing = settings[section] = {}
+        if not isinstance(existing, dict):
+            raise ConfigError(f"{path}: {section} is {existing!r}, wanted settings below it")
+        existing[key] = patch[section][key]
+    try:
+        return from_dict(settings)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def from_dict(settings: dict[str, Any]) -> Config:
+    """The same as `load`, from a mapping of sections to settings.
+
+    Raises:
+        ConfigError: as `load`, without the file's name.
+    """
+    sections = {}
+    for name, values in settings.items():
+        if name not in SECTIONS:
+            raise ConfigError(f"{name} is not a section; known: {', '.join(SECTIONS)}")
+        if values is None:  # `events:` with nothing below it
+            values = {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{name} is {values!r}; wanted settings below it, such as `{name}: {{...}}`")
+        try:
+            sections[name] = SECTIONS[name](**values)
+        except ValidationError as error:
+            raise ConfigError(_say(name, error)) from None
+    try:
+        return Config(**sections)
+    except ValidationError as error:
+        raise ConfigError(str(error.errors()[0]["ctx"]["error"])) from None
+
+
+def as_dict(section: Any) -> dict[str, Any]:
+    """One section's settings as plain JSON-ready values, for a manifest."""
+    return TypeAdapter(type(section)).dump_python(section, mode="json")
+
+
+def _parse_override(override: str) -> tuple[str, str, Any]:
+    name, equals, value = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not (equals and dot and section and key):
+        raise ConfigError(f"--set {override}: wanted SECTION.KEY=VALUE, such as encode.batch_size=64")
+    try:
+        return section, key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: not a YAML value: {' '.join(str(error).split())}") from None
+
+
+def _resolve_paths(settings: dict[str, Any], folder: Path) -> None:
+    """Make relative paths absolute, in place; URLs such as gs:// stay as they are."""
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, str) and "://" not in value and value:
+            return str((folder / Path(value).expanduser()).resolve())
+        return value
+
+    for section in ("events", "documents"):
+        if isinstance(settings.get(section), dict) and "paths" in settings[section]:
+            paths = settings[section]["paths"]
+            paths = [paths] if isinstance(paths, str) else paths
+            settings[section]["paths"] = [resolve(p) for p in paths] if isinstance(paths, list) else paths
+    for section, key in (("pairs", "temp_location"), ("publish", "folder")):
+        if isinstance(settings.get(section), dict) and key in settings[section]:
+            settings[section][key] = resolve(settings[section][key])
+    train = settings.get("train")
+    if isinstance(train, dict) and isinstance(train.get("model"), str):
+        # A hub name such as a/b looks like a relative path: only a folder that is there, or one
+        # written as a path (./, ../, /, ~), is taken as one.
+        model = train["model"]
+        if model.startswith((".", "/", "~")) or (folder / model).is_dir():
+            train["model"] = resolve(model)
+
+
+def _say(section: str, error: ValidationError) -> str:
+    """pydantic's complaint in our words: key, value, what is wanted."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":  # ours, from __post_init__
+        return f"{section}.{first['ctx']['error']}"
+    key = str(first["loc"][0])
+    if first["type"] == "unexpected_keyword_argument":
+        known = ", ".join(field.name for field in dataclasses.fields(SECTIONS[section]))
+        return f"{section}.{key} is not a setting; known: {known}"
+    of_this_key = [e["msg"][0].lower() + e["msg"][1:] for e in error.errors() if e["loc"][0] == key]
+    return f"{section}.{key} is {first['input']!r}; " + " or ".join(dict.fromkeys(of_this_key))

@@ -1,0 +1,1 @@
+"""One module a log format: turns published files into events and documents."""

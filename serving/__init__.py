@@ -1,0 +1,1 @@
+"""Online: a published index version in, answers out."""
