@@ -1,0 +1,416 @@
+"""Reading highlight logs: blocks of rows in, checked columns and rejects out. Columnar, no Beam.
+
+A block that does not parse is read again row by row, so that each bad row is named by file and line.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import BinaryIO
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError
+
+BLOCK_SIZE = 32 * 1024 * 1024  # bytes of text parsed at once
+MAX_RECORD_LINES = 1000  # a quoted field that runs over more lines than this was never closed
+MILLISECONDS_FROM = 1e11  # as seconds this is the year 5138
+MAX_EPOCH_SECONDS = 253_402_300_800  # the year 10000, where datetime ends
+DETAIL_LENGTH = 500  # characters of a rejected row that are kept
+
+REJECTS = {"file": pl.String, "line": pl.Int64, "reason": pl.String, "detail": pl.String}
+EVENTS = {
+    "user_id": pl.String,
+    "document_id": pl.String,
+    "timestamp": pl.Datetime("us", "UTC"),
+    "text": pl.String,
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the log calls its columns; `text` is optional in the log, and its name may be None."""
+
+    user_id: str
+    document_id: str
+    timestamp: str
+    text: str | None = None
+
+    def names(self) -> list[str]:
+        return [name for name in (self.user_id, self.document_id, self.timestamp, self.text) if name]
+
+
+def format_of(path: str, given: str = "auto") -> str:
+    """ "jsonl", "csv" or "parquet", by the file's ending unless given.
+
+    Raises:
+        InputError: the ending says nothing.
+    """
+    if given != "auto":
+        return given
+    name = path.lower()
+    for ending in (".gz", ".zst", ".bz2"):
+        name = name.removesuffix(ending)
+    for ending, kind in ((".jsonl", "jsonl"), (".ndjson", "jsonl"), (".json", "jsonl"), (".csv", "csv"),
+                         (".parquet", "parquet"), (".pq", "parquet")):  # fmt: skip
+        if name.endswith(ending):
+            return kind
+    raise InputError(f"{path}: the ending names no format; set `format` to jsonl, csv or parquet")
+
+
+def read(
+    file: BinaryIO, path: str, kind: str, columns: Columns, block_size: int = BLOCK_SIZE
+) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+    """Read one log file.
+
+    Args:
+        file: its bytes, decompressed.
+        path: what to call it in rejects and errors.
+        kind: "jsonl", "csv" or "parquet".
+
+    Yields:
+        (events, rejects) a block: events with the columns of EVENTS and `line`, rejects with those of
+        REJECTS. Every row of the file is in exactly one of them; blank lines are no rows.
+
+    Raises:
+        InputError: the file as a whole cannot be read, or lacks a column.
+    """
+    readers: dict[str, Callable[..., Iterator[tuple[pl.DataFrame, list[dict]]]]] = {
+        "jsonl": _jsonl_blocks,
+        "csv": _csv_blocks,
+        "parquet": _parquet_blocks,
+    }
+    try:
+        for rows, bad in readers[kind](file, path, columns, block_size):
+            events, rejected = check(rows, path)
+            yield events, pl.concat([pl.DataFrame(bad, REJECTS).with_columns(file=pl.lit(path)), rejected])
+    except (EOFError, OSError, pa.ArrowInvalid, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk or the rights, not the file's content
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: cannot be read as {kind}: {reason}") from error
+
+
+def check(rows: pl.DataFrame, path: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Turn rows of strings into typed events, and say of each of the others why it is none.
+
+    Args:
+        rows: line, user_id, document_id, timestamp, text; all but line strings (timestamp may be a
+            Datetime), null where absent.
+    """
+    missing = pl.lit(None, pl.String)
+    for name in reversed(("user_id", "document_id", "timestamp")):
+        value = pl.col(name)
+        is_missing = (
+            value.is_null() if rows.schema[name] != pl.String else value.fill_null("").str.strip_chars() == ""
+        )
+        missing = pl.when(is_missing).then(pl.lit(f"missing_{name}")).otherwise(missing)
+    checked = rows.with_columns(parsed=_timestamps(rows["timestamp"]), reason=missing)
+    reason = (
+        pl.when(pl.col("reason").is_not_null())
+        .then(pl.col("reason"))
+        .when(pl.col("parsed").is_not_null())
+        .then(pl.lit(None, pl.String))
+        .when(_has_no_zone(checked))
+        .then(pl.lit("timestamp_without_zone"))
+        .otherwise(pl.lit("bad_timestamp"))
+    )
+    checked = checked.with_columns(reason=reason)
+    good = checked.filter(pl.col("reason").is_null()).select(
+        "line", "user_id", "document_id", pl.col("parsed").alias("timestamp"), "text"
+    )
+    bad = checked.filter(pl.col("reason").is_not_null())
+    return good, rejects_of(bad.drop("parsed"), path)
+
+
+def rejects_of(rows: pl.DataFrame, path: str | None) -> pl.DataFrame:
+    """Rows with a `reason` and perhaps a `line`, in the form of REJECTS; the rest goes into `detail`."""
+    rest = [name for name in rows.columns if name not in ("line", "reason", "file")]
+    detail = pl.struct([pl.col(name).cast(pl.String) for name in rest]).struct.json_encode()
+    line = pl.col("line").cast(pl.Int64) if "line" in rows.columns else pl.lit(None, pl.Int64)
+    return rows.select(
+        file=pl.lit(path, pl.String),
+        line=line,
+        reason=pl.col("reason"),
+        detail=detail.str.slice(0, DETAIL_LENGTH),
+    )
+
+
+def _timestamps(values: pl.Series) -> pl.Series:
+    """UTC microseconds of ISO 8601 times with a zone and of epoch numbers; null for all else."""
+    if values.dtype == pl.Null:
+        return values.cast(EVENTS["timestamp"])
+    if isinstance(values.dtype, pl.Datetime):
+        if values.dtype.time_zone is None:
+            return pl.Series(values.name, [None] * len(values), EVENTS["timestamp"])
+        return values.dt.convert_time_zone("UTC").dt.cast_time_unit("us")
+    text = values.str.strip_chars()
+    number = text.cast(pl.Float64, strict=False)
+    epoch = pl.select(
+        seconds=pl.when(number.abs() >= MILLISECONDS_FROM).then(number / 1000).otherwise(number)
+    )["seconds"]
+    whole = text.cast(pl.Int64, strict=False)  # exact where a float is not
+    exact = pl.select(
+        pl.when(whole.abs() >= MILLISECONDS_FROM).then(whole * 1000).otherwise(whole * 1_000_000)
+    ).to_series()
+    usable = epoch.is_finite() & (epoch.abs() < MAX_EPOCH_SECONDS)
+    micros = pl.select(
+        pl.when(usable.fill_null(False)).then(
+            pl.when(whole.is_not_null())
+            .then(exact)
+            .otherwise((epoch.fill_nan(None) * 1e6).round().cast(pl.Int64, strict=False))
+        )
+    ).to_series()
+    from_numbers = micros.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+    iso = text.str.to_datetime("%+", strict=False, time_zone="UTC", time_unit="us")
+    found = from_numbers.zip_with(number.is_not_null(), iso)
+    rare = found.is_null() & number.is_null() & text.is_not_null()
+    if rare.any():  # other spellings of ISO 8601, such as 20261121T093000+0900
+        forms = {value: _iso_8601(value) for value in text.filter(rare).unique().to_list()}
+        others = text.replace_strict(
+            list(forms), list(forms.values()), default=None, return_dtype=EVENTS["timestamp"]
+        )
+        found = found.zip_with(~rare, others)
+    return found.rename(values.name)
+
+
+def _iso_8601(value: str) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(value)
+        return moment.astimezone(UTC) if moment.tzinfo else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _has_no_zone(rows: pl.DataFrame) -> pl.Expr:
+    kind = rows.schema["timestamp"]
+    if isinstance(kind, pl.Datetime):
+        return pl.lit(kind.time_zone is None)
+    if kind != pl.String:
+        return pl.lit(False)
+    return pl.col("timestamp").map_elements(_is_iso_without_zone, return_dtype=pl.Boolean)
+
+
+def _is_iso_without_zone(value: str) -> bool:
+    try:
+        return datetime.fromisoformat(value.strip()).tzinfo is None
+    except ValueError:
+        return False
+
+
+def _named(rows: pl.DataFrame, columns: Columns) -> pl.DataFrame:
+    """Our names for the log's columns."""
+    text = pl.col(columns.text).cast(pl.String) if columns.text in rows.columns else pl.lit(None, pl.String)
+    return rows.select(
+        pl.col("line"),
+        pl.col(columns.user_id).alias("user_id"),
+        pl.col(columns.document_id).alias("document_id"),
+        pl.col(columns.timestamp).alias("timestamp"),
+        text.alias("text"),
+    )
+
+
+def _no_column(path: str, wanted: str, there: list[str]) -> InputError:
+    return InputError(
+        f"{path}: no column {wanted!r}; it has: {', '.join(there) or 'none'}; "
+        "set events.user_id, events.document_id, events.timestamp to this log's names"
+    )
+
+
+# --- JSON Lines -----------------------------------------------------------------------------------
+
+
+def _jsonl_blocks(
+    file: BinaryIO, path: str, columns: Columns, block_size: int
+) -> Iterator[tuple[pl.DataFrame, list[dict]]]:
+    schema = dict.fromkeys(columns.names(), pl.String)
+    first_line, seen_columns = 1, False
+    for block in _line_blocks(file, block_size):
+        block_bytes = block.removeprefix(b"\xef\xbb\xbf") if first_line == 1 else block
+        rows, bad = _parse_jsonl(block_bytes, first_line, schema)
+        if not seen_columns and len(rows):
+            _check_json_columns(block_bytes, path, columns)
+            seen_columns = True
+        yield _named(rows, columns), bad
+        first_line += block.count(b"\n") + (not block.endswith(b"\n"))
+
+
+def _parse_jsonl(block: bytes, first_line: int, schema: dict) -> tuple[pl.DataFrame, list[dict]]:
+    try:
+        rows = pl.read_ndjson(io.BytesIO(block), schema=schema)
+        if len(rows) == block.count(b"\n") + (not block.endswith(b"\n")):
+            return rows.with_columns(line=pl.int_range(pl.len(), dtype=pl.Int64) + first_line), []
+    except pl.exceptions.PolarsError:
+        pass  # a bad row, or a blank line: look at each
+    good: list[dict] = []
+    bad: list[dict] = []
+    for number, line in enumerate(block.split(b"\n"), first_line):
+        if not line.strip():
+            continue
+        row, reason = _json_row(line)
+        if row is None:
+            bad.append(
+                {"line": number, "reason": reason, "detail": line.decode("utf-8", "replace")[:DETAIL_LENGTH]}
+            )
+        else:
+            good.append({"line": number, **{name: _as_text(row.get(name)) for name in schema}})
+    return pl.DataFrame(good, {"line": pl.Int64, **schema}), bad
+
+
+def _json_row(line: bytes) -> tuple[dict | None, str]:
+    try:
+        row = json.loads(line, parse_int=str, parse_float=str)
+    except UnicodeDecodeError:
+        return None, "not_utf8"
+    except (ValueError, RecursionError):
+        return None, "not_json"
+    return (row, "") if isinstance(row, dict) else (None, "not_an_object")
+
+
+def _as_text(value: object) -> str | None:
+    """A JSON value as polars reads it into a string column: scalars as written, the rest as JSON."""
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _check_json_columns(block: bytes, path: str, columns: Columns) -> None:
+    """Refuse a log in whose first rows a column never appears: its name is wrong."""
+    seen: dict[str, None] = {}
+    for line in block.split(b"\n", 200)[:200]:
+        row, _ = _json_row(line)
+        seen.update(dict.fromkeys(row or {}))
+    for name in (columns.user_id, columns.document_id, columns.timestamp):
+        if name not in seen:
+            raise _no_column(path, name, list(seen))
+
+
+# --- CSV ------------------------------------------------------------------------------------------
+
+
+def _csv_blocks(
+    file: BinaryIO, path: str, columns: Columns, block_size: int
+) -> Iterator[tuple[pl.DataFrame, list[dict]]]:
+    header: list[str] | None = None
+    first_line = 1
+    for block in _line_blocks(file, block_size, quoted=True):
+        n_lines = block.count(b"\n") + (not block.endswith(b"\n"))
+        if header is None:
+            head, _, body = block.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
+            header = next(csv.reader([head.decode("utf-8", "replace").rstrip("\r")]), [])
+            for name in (columns.user_id, columns.document_id, columns.timestamp):
+                if name not in header:
+                    raise _no_column(path, name, header)
+            rows, bad = _parse_csv(body, first_line + 1, header)
+        else:
+            rows, bad = _parse_csv(block, first_line, header)
+        yield _named(rows, columns), bad
+        first_line += n_lines
+
+
+def _parse_csv(block: bytes, first_line: int, header: list[str]) -> tuple[pl.DataFrame, list[dict]]:
+    schema = dict.fromkeys(header, pl.String)
+    # Quotes can hide line ends, and a stray one swallow rows: only the row reader keeps both apart.
+    if block.strip() and b'"' not in block:
+        try:
+            rows = pl.read_csv(io.BytesIO(block), has_header=False, new_columns=header, schema=schema)
+            line = pl.int_range(pl.len(), dtype=pl.Int64) + first_line
+            rows = rows.with_columns(line=line)
+            return rows.filter(~pl.all_horizontal(pl.col(header).is_null())), []
+        except pl.exceptions.PolarsError:
+            pass  # a bad row: look at each
+    good: list[dict] = []
+    bad: list[dict] = []
+    for number, raw, reason in _csv_records(block, first_line):
+        fields = next(csv.reader(io.StringIO(raw, newline="")), []) if not reason else []
+        if not reason and len(fields) > len(header):
+            reason = "too_many_columns"
+        if reason:
+            bad.append({"line": number, "reason": reason, "detail": raw[:DETAIL_LENGTH]})
+        elif any(fields):
+            padded = fields + [""] * (len(header) - len(fields))
+            good.append({"line": number, **{n: f or None for n, f in zip(header, padded, strict=True)}})
+    return pl.DataFrame(good, {"line": pl.Int64, **schema}), bad
+
+
+def _csv_records(block: bytes, first_line: int) -> Iterator[tuple[int, str, str]]:
+    """(line, record, reason why it is none, or ""), a quoted field's line ends kept inside it."""
+    lines = block.split(b"\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    at = 0
+    while at < len(lines):
+        end, n_quotes = at + 1, lines[at].count(b'"')
+        while n_quotes % 2 and end < len(lines) and end - at < MAX_RECORD_LINES:
+            n_quotes += lines[end].count(b'"')
+            end += 1
+        if n_quotes % 2:
+            yield first_line + at, lines[at].decode("utf-8", "replace"), "unclosed_quote"
+            at += 1
+            continue
+        record = b"\n".join(lines[at:end]).removesuffix(b"\r")
+        try:
+            yield first_line + at, record.decode("utf-8"), ""
+        except UnicodeDecodeError:
+            yield first_line + at, record.decode("utf-8", "replace"), "not_utf8"
+        at = end
+
+
+# --- Parquet --------------------------------------------------------------------------------------
+
+
+def _parquet_blocks(
+    file: BinaryIO, path: str, columns: Columns, block_size: int
+) -> Iterator[tuple[pl.DataFrame, list[dict]]]:
+    parquet = pq.ParquetFile(file)
+    there = parquet.schema_arrow.names
+    for name in (columns.user_id, columns.document_id, columns.timestamp):
+        if name not in there:
+            raise _no_column(path, name, there)
+    wanted = [name for name in columns.names() if name in there]
+    first_row = 1  # a Parquet file has no lines: rows are counted from 1
+    for batch in parquet.iter_batches(batch_size=max(1, block_size // 100), columns=wanted):
+        rows = pl.from_arrow(pa.Table.from_batches([batch]))
+        assert isinstance(rows, pl.DataFrame)
+        as_text = [name for name in wanted if not isinstance(rows.schema[name], pl.Datetime)]
+        rows = rows.with_columns(
+            pl.col(as_text).cast(pl.String), line=pl.int_range(pl.len(), dtype=pl.Int64) + first_row
+        )
+        yield _named(rows, columns), []
+        first_row += len(rows)
+
+
+# --- Blocks of whole lines ------------------------------------------------------------------------
+
+
+def _line_blocks(file: BinaryIO, block_size: int, quoted: bool = False) -> Iterator[bytes]:
+    """Blocks of whole lines; with `quoted`, never cut inside a quoted field."""
+    carry = b""
+    while chunk := file.read(block_size):
+        block = carry + chunk
+        cut = _last_record_end(block) if quoted and len(block) < 4 * block_size else block.rfind(b"\n") + 1
+        if cut:
+            yield block[:cut]
+        carry = block[cut:]
+    if carry:
+        yield carry
+
+
+def _last_record_end(block: bytes) -> int:
+    """Just behind the last line end outside quotes; 0 where there is none."""
+    end = len(block)
+    n_quotes = block.count(b'"')
+    while True:
+        newline = block.rfind(b"\n", 0, end)
+        if newline < 0:
+            return 0
+        n_quotes -= block.count(b'"', newline, end)
+        if n_quotes % 2 == 0:
+            return newline + 1
+        end = max(block.rfind(b'"', 0, newline), 0)
+        n_quotes -= block.count(b'"', end, newline)
