@@ -230,7 +230,7 @@ def writing(
     Args:
         config: the stage's settings, JSON-ready.
         inputs: artefacts, or {"path", "digest"} of given files.
-        scratch: names below the folder that help to go on after a kill, and are no part of the result.
+        scratch: globs below the folder, of what helps to go on after a kill and is no part of the result.
     """
     out = Path(out)
     _finish_swap(out)
@@ -243,11 +243,8 @@ def writing(
     (folder / MANIFEST).unlink(missing_ok=True)
     draft = Draft(folder)
     yield draft
-    for name in scratch:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
+    for path in [path for pattern in scratch for path in folder.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     manifest = {
         "kind": artifact.kind,
         "format": artifact.format,

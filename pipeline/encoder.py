@@ -29,11 +29,13 @@ class Encoder:
 
     Attributes:
         dim: width of a vector.
+        precision: of the weights; vectors are float32 whatever it is.
     """
 
     def __init__(self, model: SentenceTransformer, batch_size: int = 32) -> None:
         self.model = model
         self.batch_size = batch_size
+        self.precision = str(model.dtype).removeprefix("torch.")
         self.dim = int(model.get_embedding_dimension())
 
     @classmethod
@@ -44,6 +46,7 @@ class Encoder:
         precision: str = "float32",
         max_seq_length: int | None = None,
         batch_size: int = 32,
+        revision: str | None = None,
     ) -> Encoder:
         """Open a model folder, a hub name or `package:NAME`.
 
@@ -52,11 +55,12 @@ class Encoder:
             precision: of the weights: "float32", "bfloat16", or "auto" for bfloat16 where the
                 hardware multiplies it. Vectors are float32 either way.
             max_seq_length: tokens read of a text; None for the model's own.
+            revision: of a hub name.
 
         Raises:
             InputError: it cannot be found or loaded, or its tokenizer does not fit it.
         """
-        model = load(str(path), device=device, max_seq_length=max_seq_length)
+        model = load(str(path), revision=revision, device=device, max_seq_length=max_seq_length)
         if precision == "bfloat16" or (precision == "auto" and has_bfloat16(model.device.type)):
             model = model.bfloat16()
         return cls(model, batch_size)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import InputError
 
 BLOCK_SIZE = 32 * 1024 * 1024  # bytes of text parsed at once
+MAX_QUOTED = 4 * BLOCK_SIZE  # bytes without an end of a record: a quote was never closed
 MAX_RECORD_LINES = 1000  # a quoted field that runs over more lines than this was never closed
 MILLISECONDS_FROM = 1e11  # as seconds this is the year 5138
 MAX_EPOCH_SECONDS = 253_402_300_800  # the year 10000, where datetime ends
@@ -264,7 +265,7 @@ def _parse_jsonl(block: bytes, first_line: int, schema: dict) -> tuple[pl.DataFr
 
 def _json_row(line: bytes) -> tuple[dict | None, str]:
     try:
-        row = json.loads(line, parse_int=str, parse_float=str)
+        row = json.loads(line)
     except UnicodeDecodeError:
         return None, "not_utf8"
     except (ValueError, RecursionError):
@@ -393,7 +394,7 @@ def _line_blocks(file: BinaryIO, block_size: int, quoted: bool = False) -> Itera
     carry = b""
     while chunk := file.read(block_size):
         block = carry + chunk
-        cut = _last_record_end(block) if quoted and len(block) < 4 * block_size else block.rfind(b"\n") + 1
+        cut = _last_record_end(block) if quoted and len(block) < MAX_QUOTED else block.rfind(b"\n") + 1
         if cut:
             yield block[:cut]
         carry = block[cut:]

@@ -1,0 +1,72 @@
+# Every command of the README. `make` alone lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# A machine without a GPU saves gigabytes with TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+DATA ?= data/wikispeedia
+WORK ?= work/demo
+PORT ?= 9090
+RUN := .venv/bin/python
+PIP := .venv/bin/pip --disable-pip-version-check install --quiet
+EXTRAS := --extra pairs --extra train --extra index --extra evaluate --extra serving --extra demo
+
+.PHONY: help demo real serve test test-twin lint lock clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@echo "make TARGET [VARIABLE=VALUE]..."
+	@sed -n 's/^\([a-z-]*\):.*##/  \1:/p' $(MAKEFILE_LIST)
+
+.venv/run: requirements/run.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	    { echo "error: $(PYTHON) is not Python 3.11; give PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "installing the pinned packages into .venv (minutes, 4.5 GB)"
+	$(PYTHON) -m venv .venv
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) --no-deps --require-hashes -r requirements/run.lock
+	@touch $@
+
+.venv/dev: .venv/run requirements/dev.lock
+	$(PIP) --no-deps --require-hashes -r requirements/dev.lock
+	@touch $@
+
+ifdef EVENTS
+demo: WORK = work/own
+demo: INPUT = --set 'events.paths=["$(EVENTS)"]' --set 'documents.paths=[$(if $(DOCUMENTS),"$(DOCUMENTS)")]' \
+    --set 'events.description='
+endif
+
+demo: .venv/run  ## the whole pipeline on simulated readers of docstrings, then the server; EVENTS=FILE DOCUMENTS=FILE for your own logs
+	@$(if $(EVENTS),:,test -e $(WORK)/input/documents.parquet || $(RUN) -m pipeline sample --out $(WORK)/input)
+	@$(RUN) -m pipeline all --config configs/demo.yaml --work $(WORK) $(INPUT)
+	@$(RUN) -m serving tour --model_base_path $(WORK)/models/index
+
+real: .venv/run  ## the whole pipeline on Wikispeedia's real clicks; DATA=DIR holds SNAP's files
+	@$(RUN) -m pipeline import wikispeedia $(DATA) --out work/wikispeedia/input
+	@$(RUN) -m pipeline all --config configs/wikispeedia.yaml --work work/wikispeedia
+	@$(RUN) -m serving tour --model_base_path work/wikispeedia/models/index --text "sea birds that cannot fly"
+
+serve: .venv/run  ## the local server on what demo published, until Ctrl-C; WORK=DIR PORT=N
+	@$(RUN) -m serving --rest_api_port $(PORT) --model_name index --model_base_path $(WORK)/models/index
+
+test: .venv/dev  ## the whole test suite
+	@$(RUN) -m pytest
+
+test-twin: .venv/dev  ## the export in TensorFlow 2.11 with scann 1.2.9, as in the serving image; needs root and debootstrap
+	@tests/twin/build work/twin
+	@TWIN=$(CURDIR)/work/twin $(RUN) -m pytest tests/test_twin.py
+
+lint: .venv/dev  ## ruff and mypy
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy pipeline serving
+
+lock: .venv/dev  ## pin the newest allowed packages anew
+	@.venv/bin/python -m venv work/lock && work/lock/bin/pip install --quiet pip-tools
+	@for lock in run dev; do work/lock/bin/pip-compile --quiet --upgrade --generate-hashes --no-annotate \
+	    --no-header --no-emit-index-url --no-emit-find-links --strip-extras --unsafe-package torch \
+	    $$([ $$lock = run ] && echo "$(EXTRAS)" || echo "--extra dev -c requirements/run.lock") \
+	    --output-file requirements/$$lock.lock setup.cfg; done
+
+clean:  ## remove the environment and everything made
+	rm -rf .venv work build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,254 @@
+"""python -m pipeline STAGE|all --config FILE --work DIR: the command line, and nothing else."""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import config as config_
+from pipeline import work as work_
+from pipeline.artifacts import (
+    MANIFEST,
+    Artifact,
+    Embeddings,
+    Index,
+    Model,
+    Pairs,
+    Report,
+    is_complete,
+    key_of,
+)
+from pipeline.config import Config, as_dict
+from pipeline.errors import ConfigError, PipelineError, from_os_error
+
+EXAMPLES = """examples:
+  python -m pipeline all --config configs/demo.yaml --work work/demo
+  python -m pipeline index --config configs/demo.yaml --work work/demo --set index.target_recall=0.98
+  python -m pipeline pairs --config my.yaml --work work/my --runner FlinkRunner --flink_master localhost:8081
+  python -m pipeline sample --out work/demo/input
+  python -m pipeline import wikispeedia data/wikispeedia --out work/wikispeedia/input
+
+exit codes: 0 done, 1 a fault, 2 bad input or config, 3 refused by the publication gate
+"""
+STAGES = ("pairs", "train", "encode", "index", "evaluate", "publish")
+FOLDERS: dict[str, tuple[type[Artifact], str]] = {
+    "pairs": (Pairs, "pairs"),
+    "train": (Model, "model"),
+    "encode": (Embeddings, "embeddings"),
+    "index": (Index, "index"),
+    "evaluate": (Report, "report"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the return value is the exit code."""
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        command, rest = _parser().parse_known_args(arguments)
+        if rest and command.command not in ("pairs", "all"):
+            raise ConfigError(f"{' '.join(rest)}: not an option of `{command.command}`; see --help")
+        return command.run(command, rest) or 0
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        readable = from_os_error(error)
+        if readable is None:
+            traceback.print_exc()
+            return 1
+        print(f"error: {readable}", file=sys.stderr)
+        return readable.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m pipeline",
+        description="Highlight logs in, a served and measured ScaNN index out.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    shared.add_argument("--config", required=True, metavar="FILE", help="YAML, one section a stage")
+    shared.add_argument("--work", required=True, metavar="DIR", help="where the artefacts go", type=Path)
+    shared.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="override a setting; VALUE is YAML, paths are relative to the current folder",
+    )
+    shared.add_argument("--force", action="store_true", help="run even what is complete")
+
+    helps = {
+        "all": "every stage in order, each its own process; complete ones are skipped",
+        "pairs": "events + documents -> pairs/ (Beam; any Beam option may follow, such as --runner)",
+        "train": "pairs -> model/",
+        "encode": "model + documents -> embeddings/",
+        "index": "embeddings -> index/",
+        "evaluate": "all of the above -> report/",
+        "publish": "model + index + report -> models/NAME/VERSION/, or a refusal",
+    }
+    for name, text in helps.items():
+        command = commands.add_parser(
+            name,
+            parents=[shared],
+            help=text,
+            description=text,
+            epilog=EXAMPLES,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=_all if name == "all" else _stage)
+
+    sample = commands.add_parser(
+        "sample",
+        help="events and documents out of the installed packages' docstrings, with simulated readers",
+        description="Documents are docstrings of this Python's packages; the readers are simulated.",
+    )
+    sample.add_argument("--out", required=True, type=Path, metavar="DIR")
+    sample.add_argument("--seed", type=int, default=7)
+    sample.set_defaults(run=_sample)
+
+    importer = commands.add_parser(
+        "import",
+        help="published logs -> events and documents",
+        description="wikispeedia: the folder with paths_finished.tsv, paths_unfinished.tsv, articles.tsv and "
+        "categories.tsv as SNAP publishes them, gzipped or not; one of the paths files may be missing.",
+        epilog="example:\n  python -m pipeline import wikispeedia DIR --out work/wikispeedia/input",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    importer.add_argument("kind", choices=["wikispeedia"])
+    importer.add_argument("folder", type=Path)
+    importer.add_argument("--out", required=True, type=Path, metavar="DIR")
+    importer.set_defaults(run=_import)
+    return parser
+
+
+def _stage(command: argparse.Namespace, beam_options: Sequence[str]) -> None:
+    config = config_.load(command.config, command.overrides)
+    with work_.locked(command.work):
+        run_stage(command.command, config, command.work, command.force, beam_options)
+
+
+def _all(command: argparse.Namespace, beam_options: Sequence[str]) -> int:
+    config = config_.load(command.config, command.overrides)  # a wrong setting is said before hours of work
+    with work_.locked(command.work) as lock:
+        for stage in STAGES:
+            arguments = [stage, "--config", command.config, "--work", str(command.work)]
+            arguments += [f"--set={override}" for override in command.overrides]
+            arguments += ["--force"] * command.force + list(beam_options) * (stage == "pairs")
+            status = work_.run_process(
+                [sys.executable, "-m", "pipeline", *arguments], stage, command.work, lock
+            )
+            if status:
+                return status
+        print(work_.table(command.work, config.publish.folder, config.publish.model_name))
+    return 0
+
+
+def _made(stage: str, config: Config, work: Path) -> Any:
+    """Tells one result of a stage from the next."""
+    if stage == "publish":
+        served = Path(config.publish.folder or work) / "models" / config.publish.model_name
+        return sorted(path.name for path in served.glob("[0-9]*"))
+    manifest = work / FOLDERS[stage][1] / MANIFEST
+    return manifest.stat().st_mtime_ns if manifest.exists() else None
+
+
+def run_stage(stage: str, config: Config, work: Path, force: bool, beam_options: Sequence[str] = ()) -> None:
+    """Run one stage in this process, unless what it would make is there.
+
+    Raises:
+        PipelineError: whatever the stage raises; what stood before is untouched.
+    """
+    _quiet()
+    if stage == "publish":
+        from pipeline import publish
+
+        folder = Path(config.publish.folder or work)
+        publish.run(config.publish, *(_open(s, work) for s in ("train", "index", "evaluate")), folder)
+        return
+    artifact, name = FOLDERS[stage]
+    settings, inputs, run = _plan(stage, config, work)
+    if not force and is_complete(artifact, work / name, key_of(artifact, settings, inputs)):
+        print(f"{stage}: complete", file=sys.stderr)
+        return
+    if stage == "pairs":
+        run(out=work / name, beam_options=beam_options)
+    else:
+        run(out=work / name)
+
+
+def _plan(stage: str, config: Config, work: Path) -> tuple[dict[str, Any], list, Callable]:
+    """What decides a stage's result (settings and inputs), and the call that makes it."""
+    # Each import is of one stage alone: PyTorch and TensorFlow never meet in a process.
+    if stage == "pairs":
+        from pipeline import pairs
+
+        settings = pairs.settings_of(config.pairs, config.events, config.documents)
+        given = (config.pairs, config.events, config.documents)
+        return settings, pairs.inputs_of(config.events, config.documents), _bind(pairs.run, *given)
+    if stage == "train":
+        from pipeline import train
+
+        inputs: list[Any] = [_open("pairs", work)]
+        return as_dict(config.train), inputs, _bind(train.run, config.train, *inputs, dim=config.encode.dim)
+    if stage == "encode":
+        from pipeline import encode
+
+        inputs = [_open("train", work), _open("pairs", work)]
+        return as_dict(config.encode), inputs, _bind(encode.run, config.encode, *inputs)
+    if stage == "index":
+        from pipeline import index
+
+        inputs = [_open("encode", work)]
+        return as_dict(config.index), inputs, _bind(index.run, config.index, *inputs)
+    from pipeline import evaluate
+
+    inputs = [_open(s, work) for s in ("pairs", "train", "encode", "index")]
+    return as_dict(config.evaluate), inputs, _bind(evaluate.run, config.evaluate, *inputs)
+
+
+def _bind(function: Callable, *given: Any, **named: Any) -> Callable:
+    return lambda **more: function(*given, **named, **more)
+
+
+def _open(stage: str, work: Path) -> Any:
+    artifact, name = FOLDERS[stage]
+    return artifact.open(work / name)
+
+
+def _sample(command: argparse.Namespace, _: Sequence[str]) -> None:
+    from pipeline import sample
+
+    sample.make(command.out, command.seed)
+
+
+def _import(command: argparse.Namespace, _: Sequence[str]) -> None:
+    from pipeline.importers import wikispeedia
+
+    wikispeedia.read(command.folder, command.out)
+
+
+def _quiet() -> None:
+    """Keep libraries' chatter off the screen: what we print is what there is to know."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

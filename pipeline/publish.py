@@ -1,0 +1,237 @@
+"""Stage `publish`: model + index + report -> the folder that TF Serving watches, or a refusal.
+
+    FOLDER/encoders/<sha256>/                 the encoder first: a version names the one it was made with
+    FOLDER/models/<model_name>/<version>/     then the version, in one rename: whole or not there
+
+A version's assets.extra/ holds documents.parquet (row number -> document), manifest.json (lineage and
+settings), report.json, and publication.json (when and as what; the others are the same whatever the number).
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import Index, Model, Report, file_hashes, fsync, write_json
+from pipeline.config import PublishConfig
+from pipeline.errors import ArtifactError, RefusedError
+
+STAGING = ".staging-"  # no whole number, so TF Serving does not look at it
+MANIFEST, REPORT, PUBLICATION = "manifest.json", "report.json", "publication.json"
+ENCODER_LEFT_OUT = {"manifest.json", "training.jsonl"}
+INDEX_LEFT_OUT = {"manifest.json", "found.parquet"}
+
+
+def run(config: PublishConfig, model: Model, index: Index, report: Report, folder: Path) -> Path:
+    """Publish a new version.
+
+    Args:
+        folder: holds encoders/ and models/; one mount, so that a rename is possible.
+
+    Returns:
+        The version's folder; the standing one where it already holds this index and model.
+
+    Raises:
+        RefusedError: the index's recall is below its target, or the model is worse than the one it
+            was tuned from or the one it would replace.
+    """
+    served = Path(folder) / "models" / config.model_name
+    served.mkdir(parents=True, exist_ok=True)
+    _remove_staging(served)
+    live = newest(served)
+    if live and manifest_of(live)["digests"] == digests_of(model, index):
+        print(f"publish: version {live.name} holds this index already", file=sys.stderr)
+        return live
+    served_report = json.loads((live / "assets.extra" / REPORT).read_text(encoding="utf-8")) if live else None
+    check(report.figures(), served_report, index.manifest["config"]["target_recall"])
+    copy_encoder(model, Path(folder) / "encoders")
+    version = place(model, index, report, served, config.model_name)
+    retire(served, Path(folder) / "encoders", config.keep_versions)
+    return version
+
+
+def check(figures: dict[str, Any], live: dict[str, Any] | None, target_recall: float) -> None:
+    """Raise unless this version is good enough to be served.
+
+    Args:
+        figures: report.json of the new version.
+        live: report.json of the version being served, if any.
+        target_recall: what the index was built to reach.
+
+    Raises:
+        RefusedError: names each figure that fell short, what it is and what was wanted.
+    """
+    short = list(_shortfalls(figures, live, target_recall))
+    if short:
+        raise RefusedError("not published: " + "; ".join(short))
+
+
+def _shortfalls(figures: dict[str, Any], live: dict[str, Any] | None, target_recall: float) -> Iterator[str]:
+    index = figures["index"]
+    for name in ("recall_at_10", "recall_at_10_typed"):
+        recall = index.get(name)
+        if recall is not None and recall < target_recall:
+            yield (
+                f"index.{name} is {recall:.4f}, wanted index.target_recall = {target_recall}; "
+                "search more leaves or rescore more candidates"
+            )
+    if index.get("recall_at_10") is None:
+        yield "index.recall_at_10 was not measured: there are no held-out queries"
+    retrieval = figures["retrieval"]
+    against_untuned = retrieval.get("tuned_minus_untuned_at_20")
+    if against_untuned and against_untuned["high"] < 0:
+        yield (
+            f"retrieval.tuned_minus_untuned_at_20 is {against_untuned['mean']:.4f} (95 % interval "
+            f"{against_untuned['low']:.4f} to {against_untuned['high']:.4f}): tuning made the model worse"
+        )
+    new, old = _at_20(figures), _at_20(live or {})
+    if new and old and new["high"] < old["low"]:
+        yield (
+            f"retrieval.tuned.accuracy_at_20 is {new['mean']:.4f} (at most {new['high']:.4f}), the served "
+            f"version's was {old['mean']:.4f} (at least {old['low']:.4f}): the new model is worse"
+        )
+
+
+def _at_20(figures: dict[str, Any]) -> dict[str, float] | None:
+    return ((figures.get("retrieval") or {}).get("intervals") or {}).get("tuned_at_20")
+
+
+def digests_of(model: Model, index: Index) -> dict[str, str]:
+    return {"model": model.digest, "index": index.digest}
+
+
+def copy_encoder(model: Model, encoders: Path) -> Path:
+    """Copy the model to encoders/<sha256>/ unless it is there, whole or not at all."""
+    target = encoders / model.encoder_sha256
+    if target.exists():
+        return target
+    encoders.mkdir(parents=True, exist_ok=True)
+    _remove_staging(encoders)
+    staging = encoders / f"{STAGING}{model.encoder_sha256}"
+    shutil.copytree(model.path, staging, ignore=lambda _, names: ENCODER_LEFT_OUT & set(names))
+    _sync(staging)
+    staging.rename(target)
+    fsync(encoders)
+    return target
+
+
+def place(model: Model, index: Index, report: Report, served: Path, model_name: str) -> Path:
+    """Copy the index beside the served versions, complete it, and rename it to its number."""
+    version = next_version(served)
+    staging = served / f"{STAGING}{version}"
+    shutil.copytree(index.path, staging, ignore=_only_at_top(index.path, INDEX_LEFT_OUT))
+    extra = staging / "assets.extra"
+    extra.mkdir(exist_ok=True)
+    shutil.copy(report.path / REPORT, extra / REPORT)
+    write_json(extra / MANIFEST, lineage(model, index, report, staging))
+    published = {
+        "version": version,
+        "model_name": model_name,
+        "published": _now().isoformat(timespec="seconds"),
+    }
+    write_json(extra / PUBLICATION, published)
+    _sync(staging)
+    target = served / str(version)
+    if target.exists():
+        raise ArtifactError(f"{target} is there already: another publication runs; try again")
+    staging.rename(target)
+    fsync(served)
+    print(f"publish: {target}", file=sys.stderr)
+    return target
+
+
+def lineage(model: Model, index: Index, report: Report, staging: Path) -> dict[str, Any]:
+    """What a version says of itself: where it came from, how it is searched, what it measured."""
+    figures = report.figures()
+    return {
+        "format": 1,
+        "encoder_sha256": model.encoder_sha256,
+        "base_model": model.facts["base_model"],
+        "trained": model.facts["trained"],
+        "description": figures["description"],
+        "dim": index.facts["dim"],
+        "k": index.facts["settings"]["k"],
+        "layer": index.facts["layer"],
+        "settings": index.facts["settings"],
+        "recall_at_10": figures["index"]["recall_at_10"],
+        "digests": digests_of(model, index),
+        "inputs": {a.kind: a.manifest["inputs"] for a in (model, index, report)},
+        "rows": index.rows,
+        "libraries": index.manifest["libraries"] | model.manifest["libraries"],
+        "files": file_hashes(staging),
+    }
+
+
+def next_version(served: Path) -> int:
+    """UTC time as an integer, always larger than every version there."""
+    now = int(_now().strftime("%Y%m%d%H%M%S"))
+    return max([now, *(int(path.name) + 1 for path in versions(served))])
+
+
+def versions(served: Path) -> list[Path]:
+    """Version folders, oldest first: those whose whole name is a number."""
+    found = [path for path in served.iterdir() if path.is_dir() and path.name.isdecimal()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def newest(served: Path) -> Path | None:
+    found = versions(served)
+    return found[-1] if found else None
+
+
+def manifest_of(version: Path) -> dict[str, Any]:
+    """Lineage of a version that this stage published.
+
+    Raises:
+        ArtifactError: something else wrote it.
+    """
+    try:
+        return json.loads((version / "assets.extra" / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        raise ArtifactError(
+            f"{version} has no readable assets.extra/{MANIFEST}: it was not published by this pipeline; "
+            "set publish.folder or publish.model_name to a place of its own"
+        ) from None
+
+
+def retire(served: Path, encoders: Path, keep_versions: int) -> None:
+    """Remove versions beyond the newest `keep_versions`, then encoders that none of the kept names."""
+    for old in versions(served)[:-keep_versions]:
+        # Renamed first: a half-deleted version must not be looked at.
+        leaving = served / f"{STAGING}old-{old.name}"
+        old.rename(leaving)
+        shutil.rmtree(leaving)
+    named = {
+        manifest_of(version)["encoder_sha256"]
+        for model in served.parent.iterdir()
+        if model.is_dir()
+        for version in versions(model)
+    }
+    for encoder in encoders.iterdir():
+        if encoder.is_dir() and encoder.name not in named and not encoder.name.startswith(STAGING):
+            shutil.rmtree(encoder)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _remove_staging(folder: Path) -> None:
+    """What a killed publication left; nobody reads it."""
+    for left in folder.glob(f"{STAGING}*"):
+        shutil.rmtree(left)
+
+
+def _only_at_top(top: Path, names: set[str]) -> Any:
+    return lambda folder, there: names & set(there) if Path(folder) == top else set()
+
+
+def _sync(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            fsync(Path(root) / name)
+        fsync(Path(root))

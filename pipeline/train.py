@@ -1,0 +1,300 @@
+"""Stage `train`: pairs -> model/, a Sentence Transformers folder, by the library's own trainer.
+
+A killed training goes on from its last checkpoint; the best evaluation's weights are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import encoder
+from pipeline.artifacts import Model, Pairs, writing
+from pipeline.config import TrainConfig, as_dict
+from pipeline.errors import ConfigError, PipelineError
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+CHECKPOINTS = "checkpoints"
+POOL_SIZE = 1000  # documents that a dev pair's positive is looked for among, beside the positives
+LOG_STEPS = 10  # steps between two points of the loss curve
+# Our names of similarities, and Sentence Transformers'.
+SIMILARITIES = {"dot_product": "dot", "cosine": "cosine", "euclidean": "euclidean", "manhattan": "manhattan"}
+RETRIEVAL = "accuracy_at_20"
+CURVE = {"loss": "loss", "eval_accuracy_at_20": RETRIEVAL, "eval_spearman_dot": "spearman_dot"}
+
+
+def run(config: TrainConfig, pairs: Pairs, out: Path, dim: int) -> Model:
+    """Fine-tune, or without pairs (or with `epochs` 0) keep the weights as they are.
+
+    Args:
+        dim: the width of a vector that the later stages expect.
+
+    Raises:
+        ConfigError: the model's vectors have another width.
+        InputError: the model cannot be loaded.
+        PipelineError: the loss is not a number.
+    """
+    model = encoder.load(
+        config.model,
+        revision=config.revision,
+        device=config.device,
+        max_seq_length=config.max_seq_length,
+    )
+    width = model.get_embedding_dimension()
+    if width != dim:
+        raise ConfigError(
+            f"train.model {config.model} gives vectors of {width} numbers, but encode.dim is {dim}; "
+            "choose another model or set encode.dim"
+        )
+    model.similarity_fn_name = SIMILARITIES[config.main_similarity]
+    trained = config.epochs > 0 and pairs.rows.get("pairs", 0) > 0
+    with writing(Model, out, config=as_dict(config), inputs=[pairs], scratch=[CHECKPOINTS]) as draft:
+        curve = fine_tune(model, config, pairs, draft.folder / CHECKPOINTS) if trained else []
+        model.save_pretrained(str(draft.folder), create_model_card=False)
+        lines = "".join(json.dumps(point) + "\n" for point in curve)
+        (draft.folder / "training.jsonl").write_text(lines, encoding="utf-8")
+        similarity = [point["spearman_dot"] for point in curve if "spearman_dot" in point]
+        draft.rows["pairs"] = min(pairs.rows.get("pairs", 0), config.max_pairs or sys.maxsize) * trained
+        draft.facts |= {
+            "dim": width,
+            "base_model": config.model,
+            "revision": config.revision,
+            "max_seq_length": config.max_seq_length,
+            "trained": trained,
+            "main_similarity": config.main_similarity,
+            "similarity_before": similarity[0] if similarity else None,
+            "similarity_after": similarity[-1] if similarity else None,
+        }
+        if not trained:
+            print("train: no pairs to train on: the weights stay as they are", file=sys.stderr)
+    return Model.open(out)
+
+
+def fine_tune(
+    model: SentenceTransformer, config: TrainConfig, pairs: Pairs, checkpoints: Path
+) -> list[dict[str, float]]:
+    """Train `model` in place; the best evaluation's weights stay in it.
+
+    Args:
+        checkpoints: where the trainer saves, and goes on from when there is one.
+
+    Returns:
+        The training curve: points of step, epoch and any of loss, accuracy_at_20, spearman_dot; the
+        first is the model before training, the last the one kept.
+    """
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer
+    from transformers import EarlyStoppingCallback
+
+    table = _sample(pairs.read("pairs", ["anchor", "positive", "negative"]), config.max_pairs, config.seed)
+    evaluators = evaluators_of(config, pairs)
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=_arguments(config, table, checkpoints, evaluates=evaluators is not None),
+        train_dataset=Dataset(columns_for(config.loss, table)),
+        loss=loss_of(config, model),
+        evaluator=evaluators,
+    )
+    trainer.add_callback(_stop_at_nan())
+    if evaluators is not None:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
+        before = {"step": 0, "epoch": 0.0, **_figures(evaluators(model))}
+    last = last_checkpoint(checkpoints)
+    if last:
+        print(f"train: going on from {last.name}", file=sys.stderr)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    curve = [point for entry in trainer.state.log_history if len(point := _point(entry)) > 2]
+    if evaluators is None:
+        return curve
+    kept = {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **_figures(evaluators(model))}
+    return [before, *curve, kept]
+
+
+def loss_of(config: TrainConfig, model: SentenceTransformer) -> torch.nn.Module:
+    """The loss by its name in the config, over dot products of unit rows.
+
+    multiple_negatives: every other positive of the batch is a negative too, and the pair's own negative
+    a hard one. triplet: dot(anchor, positive) must beat dot(anchor, negative) by `margin`. contrastive:
+    positives are drawn together, negatives pushed `margin` apart, in 1 - dot.
+    """
+    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.util import dot_score
+
+    def one_minus_dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return 1 - (x * y).sum(dim=-1)
+
+    if config.loss == "multiple_negatives":
+        return losses.MultipleNegativesRankingLoss(model, scale=config.scale, similarity_fct=dot_score)
+    if config.loss == "triplet":
+        return losses.TripletLoss(model, distance_metric=one_minus_dot, triplet_margin=config.margin)
+    return losses.ContrastiveLoss(model, distance_metric=one_minus_dot, margin=config.margin)
+
+
+def columns_for(loss: str, table: pa.Table) -> pa.Table:
+    """The pairs in the form a loss reads: triplets, or for contrastive (text, text, label)."""
+    if loss != "contrastive":
+        return table
+    anchors, n = table["anchor"], len(table)
+    return pa.table(
+        {
+            "sentence1": pa.chunked_array([*anchors.chunks, *anchors.chunks]),
+            "sentence2": pa.chunked_array([*table["positive"].chunks, *table["negative"].chunks]),
+            "label": np.repeat([1, 0], n),
+        }
+    )
+
+
+class RetrievalEvaluator:
+    """Share of dev pairs whose positive is among the 20 nearest documents to the anchor.
+
+    The documents are the pairs' positives and up to POOL_SIZE others; the anchor's own is left out.
+    """
+
+    primary_metric = RETRIEVAL
+    greater_is_better = True
+
+    def __init__(self, dev: pa.Table, documents: pa.Table, batch_size: int) -> None:
+        self.batch_size = batch_size
+        texts = dict(zip(dev["positive_id"].to_pylist(), dev["positive"].to_pylist(), strict=True))
+        for document_id, text in zip(
+            *(documents[c].to_pylist() for c in ("document_id", "text")), strict=True
+        ):
+            texts.setdefault(document_id, text)
+        row_of = {document_id: row for row, document_id in enumerate(texts)}
+        self.pool = list(texts.values())
+        self.anchors = dev["anchor"].to_pylist()
+        self.positives = np.array([row_of[i] for i in dev["positive_id"].to_pylist()])
+        self.own = np.array([row_of.get(i, -1) for i in dev["anchor_id"].to_pylist()])
+
+    def __call__(
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        encoding = encoder.Encoder(model, self.batch_size)
+        scores = encoding.queries(self.anchors) @ encoding.documents(self.pool).T
+        rows = np.arange(len(scores))
+        own = self.own >= 0
+        scores[rows[own], self.own[own]] = -np.inf
+        n_above = (scores > scores[rows, self.positives][:, None]).sum(axis=1)
+        return {RETRIEVAL: float((n_above < 20).mean())}
+
+
+def evaluators_of(config: TrainConfig, pairs: Pairs) -> Any | None:
+    """Retrieval accuracy first (it chooses the best weights), then similarity; None without dev pairs.
+
+    `EmbeddingSimilarityEvaluator` gets the label 1 for positives and 0 for negatives, and compares by
+    `main_similarity`, which is the index's `distance_measure`.
+    """
+    from sentence_transformers.base.evaluation import SequentialEvaluator
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    if not pairs.rows.get("dev"):
+        return None
+    dev = _sample(pairs.read("dev"), config.n_dev_pairs, config.seed)
+    documents = _sample(pairs.read("documents", ["document_id", "text"]), POOL_SIZE, config.seed)
+    anchors, positives, negatives = (dev[c].to_pylist() for c in ("anchor", "positive", "negative"))
+    similarity = EmbeddingSimilarityEvaluator(
+        anchors + anchors,
+        positives + negatives,
+        [1.0] * len(dev) + [0.0] * len(dev),
+        batch_size=config.batch_size,
+        main_similarity=SIMILARITIES[config.main_similarity],
+        similarity_fn_names=[SIMILARITIES[config.main_similarity]],
+        write_csv=False,
+    )
+    return SequentialEvaluator(
+        [RetrievalEvaluator(dev, documents, config.batch_size), similarity],
+        main_score_function=lambda s: s[0],
+    )
+
+
+def last_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint; a kill can leave one half-written."""
+    # The trainer writes trainer_state.json last.
+    complete = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _arguments(config: TrainConfig, table: pa.Table, checkpoints: Path, evaluates: bool) -> Any:
+    from sentence_transformers import SentenceTransformerTrainingArguments
+
+    n_examples = len(table) * (2 if config.loss == "contrastive" else 1)
+    n_steps = max(1, math.ceil(math.ceil(n_examples / config.batch_size) * config.epochs))
+    every = max(1, math.ceil(n_steps / config.evaluations))
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not _has_cuda())
+    bfloat16 = config.precision == "bfloat16" or (
+        config.precision == "auto" and encoder.has_bfloat16("cpu" if on_cpu else "cuda")
+    )
+    best = {"load_best_model_at_end": True, "metric_for_best_model": RETRIEVAL, "greater_is_better": True}
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_ratio if config.warmup_ratio < 1 else n_steps,
+        seed=config.seed,
+        use_cpu=on_cpu,
+        bf16=bfloat16,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        logging_steps=min(LOG_STEPS, every),
+        logging_nan_inf_filter=False,  # it would show the last good loss in place of NaN
+        report_to="none",
+        **(best if evaluates else {}),
+    )
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _sample(table: pa.Table, n: int | None, seed: int) -> pa.Table:
+    """At most `n` rows, by a hash of their content: the same ones whatever their order."""
+    if n is None or len(table) <= n:
+        return table
+    ids = zip(*(table[name].to_pylist() for name in table.column_names[:2]), strict=True)
+    keys = [hashlib.blake2b(f"{seed}\0{a}\0{b}".encode(), digest_size=8).digest() for a, b in ids]
+    order = pc.array_sort_indices(pa.array(keys, pa.binary()))
+    return table.take(order[:n])
+
+
+def _point(entry: dict[str, Any]) -> dict[str, float]:
+    """One line of the trainer's log in the names of the curve."""
+    named = {ours: entry[theirs] for theirs, ours in CURVE.items() if theirs in entry}
+    return {"step": entry["step"], "epoch": entry.get("epoch", 0.0), **named}
+
+
+def _figures(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name in CURVE.values()}
+
+
+def _stop_at_nan() -> Any:
+    from transformers import TrainerCallback
+
+    class StopAtNan(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            loss = (logs or {}).get("loss")
+            if loss is not None and not math.isfinite(loss):
+                raise PipelineError(
+                    f"train: the loss is {loss} at step {state.global_step}; "
+                    "lower train.learning_rate or set train.precision to float32"
+                )
+
+    return StopAtNan()

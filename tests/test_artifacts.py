@@ -1,0 +1,118 @@
+"""Artefact folders: complete or not there, whatever interrupts the writing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts import Index, Pairs, is_complete, key_of, writing
+from pipeline.errors import ArtifactError
+
+GIVEN = {"path": "log.csv", "digest": "1"}
+
+
+def write(out: Path, content: str, config: dict | None = None) -> Pairs:
+    with writing(Pairs, out, config=config or {"seed": 7}, inputs=[GIVEN], scratch=["scratch"]) as draft:
+        (draft.folder / "a.txt").write_text(content)
+        (draft.folder / "scratch").mkdir(exist_ok=True)
+        draft.rows["pairs"] = 3
+    return Pairs.open(out)
+
+
+def test_a_written_artefact_opens_with_its_counts(tmp_path):
+    artifact = write(tmp_path / "pairs", "x")
+    assert artifact.rows == {"pairs": 3}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs"]
+    assert sorted(p.name for p in artifact.path.iterdir()) == ["a.txt", "manifest.json"]
+
+
+def test_a_failure_leaves_the_old_artefact_and_the_half_done_work(tmp_path):
+    write(tmp_path / "pairs", "old")
+    with pytest.raises(RuntimeError), writing(Pairs, tmp_path / "pairs", config={}, inputs=[]) as draft:
+        (draft.folder / "b.txt").write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "pairs" / "a.txt").read_text() == "old"
+    with writing(Pairs, tmp_path / "pairs", config={}, inputs=[]) as draft:
+        assert (draft.folder / "b.txt").read_text() == "half"
+
+
+def test_half_done_work_of_other_settings_is_not_taken_up(tmp_path):
+    with (
+        pytest.raises(RuntimeError),
+        writing(Pairs, tmp_path / "pairs", config={"seed": 1}, inputs=[]) as draft,
+    ):
+        (draft.folder / "b.txt").write_text("half")
+        raise RuntimeError
+    with writing(Pairs, tmp_path / "pairs", config={"seed": 2}, inputs=[]) as draft:
+        assert list(draft.folder.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs"]
+
+
+@pytest.mark.parametrize(("config", "digest", "complete"), [(7, "1", True), (8, "1", False), (7, "2", False)])
+def test_complete_means_the_same_config_and_inputs(tmp_path, config, digest, complete):
+    write(tmp_path / "pairs", "x")
+    key = key_of(Pairs, {"seed": config}, [{"path": "elsewhere.csv", "digest": digest}])
+    assert is_complete(Pairs, tmp_path / "pairs", key) is complete
+
+
+def test_equal_content_has_an_equal_digest_whenever_it_was_made(tmp_path):
+    one, other = write(tmp_path / "one", "x"), write(tmp_path / "other", "x")
+    assert one.digest == other.digest
+    assert write(tmp_path / "other", "y").digest != one.digest
+
+
+def test_a_swap_cut_after_the_first_rename_is_finished_with_the_new(tmp_path):
+    out = tmp_path / "pairs"
+    write(out, "old")
+    out.rename(tmp_path / ".pairs.old")  # the kill comes here: the new is complete, not yet in place
+    write(tmp_path / "elsewhere", "new").path.rename(tmp_path / ".pairs.partial-0123")
+    assert (Pairs.open(out).path / "a.txt").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs"]
+
+
+def test_a_swap_cut_with_nothing_new_complete_goes_back_to_the_old(tmp_path):
+    out = tmp_path / "pairs"
+    write(out, "old")
+    out.rename(tmp_path / ".pairs.old")
+    (tmp_path / ".pairs.partial-0123").mkdir()  # no manifest: not complete
+    assert (Pairs.open(out).path / "a.txt").read_text() == "old"
+
+
+def test_a_missing_artefact_says_which_stage_to_run(tmp_path):
+    with pytest.raises(ArtifactError, match=r"no manifest\.json: run stage index first"):
+        Index.open(tmp_path / "index")
+
+
+def test_another_kind_and_an_unknown_format_are_refused(tmp_path):
+    out = write(tmp_path / "pairs", "x").path
+    with pytest.raises(ArtifactError, match="holds 'pairs', wanted 'index'"):
+        Index.open(out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(ArtifactError, match="has format 99, this code reads format 1"):
+        Pairs.open(out)
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_writing_leaves_nothing_that_opens(tmp_path):
+    script = (
+        "import sys, time, pathlib\n"
+        "from pipeline.artifacts import Pairs, writing\n"
+        "with writing(Pairs, pathlib.Path(sys.argv[1]), config={}, inputs=[]) as draft:\n"
+        "    (draft.folder / 'a.txt').write_text('x')\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "pairs")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "writing\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    with pytest.raises(ArtifactError, match="run stage pairs first"):
+        Pairs.open(tmp_path / "pairs")

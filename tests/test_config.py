@@ -1,0 +1,105 @@
+"""Settings: what is refused, with which words, and how paths and overrides are read."""
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from pipeline import config
+from pipeline.errors import ConfigError
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> config.Config:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"documents: {{paths: [d.csv]}}\n{text}", encoding="utf-8")
+    return config.load(file, list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("index: {leaves: 3}", r"index\.leaves is not a setting; known: k, "),
+        ("idx: {k: 3}", r"idx is not a section; known: events, documents, pairs"),
+        ("index: 3", r"index is 3; wanted settings below it"),
+        ("index: {k: '10'}", r"index\.k is '10'; input should be a valid integer"),
+        ("encode: {batch_size: 0}", r"encode\.batch_size is 0; input should be greater than or equal to 1"),
+        ("train: {loss: hinge}", r"train\.loss is 'hinge'; input should be 'multiple_negatives'"),
+        (
+            "index: {num_leaves: 10, num_leaves_to_search: 100}",
+            r"index\.num_leaves_to_search is 100, but num_leaves is 10; choose 1 to 10",
+        ),
+        ("index: {k: 10, num_reordering_candidates: 5}", r"choose 10 or more"),
+        ("pairs: {negatives: {cross_user: 0.5}}", r"pairs\.negatives: the shares .* add up to 1"),
+        (
+            "train: {main_similarity: cosine}",
+            r"train\.main_similarity is cosine, but index\.distance_measure is dot_product",
+        ),
+        ("index: {k: [", "not YAML"),
+        ("- index", "not YAML|wanted sections"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_refused_by_name(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(tmp_path, text)
+    assert str(tmp_path / "c.yaml") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nope\.yaml: no such config file"):
+        config.load(tmp_path / "nope.yaml")
+
+
+def test_without_any_input_nothing_can_run():
+    with pytest.raises(ConfigError, match="both empty"):
+        config.from_dict({})
+
+
+def test_documents_made_from_events_need_the_text_column():
+    with pytest.raises(ConfigError, match=r"set events\.text"):
+        config.from_dict({"events": {"paths": ["a.csv"]}})
+
+
+def test_paths_in_the_file_are_relative_to_the_file(tmp_path):
+    assert load(tmp_path, "").documents.paths == (str(tmp_path / "d.csv"),)
+
+
+def test_paths_in_an_override_are_relative_to_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = load(tmp_path, "", "events.paths=[log.csv]", "publish.folder=served")
+    assert loaded.events.paths == (str(tmp_path / "elsewhere" / "log.csv"),)
+    assert loaded.publish.folder == str(tmp_path / "elsewhere" / "served")
+
+
+def test_urls_stay_as_they_are(tmp_path):
+    assert load(tmp_path, "events: {paths: ['gs://bucket/*.gz']}").events.paths == ("gs://bucket/*.gz",)
+
+
+def test_a_model_is_a_path_only_where_a_folder_is_there(tmp_path):
+    assert load(tmp_path, "train: {model: owner/name}").train.model == "owner/name"
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert load(tmp_path, "train: {model: owner/name}").train.model == str(tmp_path / "owner" / "name")
+
+
+def test_an_override_replaces_one_setting_and_keeps_its_neighbours(tmp_path):
+    loaded = load(tmp_path, "index: {k: 20, seed: 3}", "index.k=5")
+    assert (loaded.index.k, loaded.index.seed) == (5, 3)
+
+
+@pytest.mark.parametrize("override", ["index.k", "k=3", "index=3", "=3"])
+def test_an_override_that_is_none_says_how_one_looks(tmp_path, override):
+    with pytest.raises(ConfigError, match="wanted SECTION.KEY=VALUE"):
+        load(tmp_path, "", override)
+
+
+def test_settings_cannot_be_changed_after_loading():
+    section = config.IndexConfig()
+    with pytest.raises(FrozenInstanceError):
+        section.k = 3
+
+
+def test_a_section_goes_into_a_manifest_as_plain_values():
+    assert config.as_dict(config.PublishConfig()) == {
+        "model_name": "index", "keep_versions": 3, "folder": None,
+    }  # fmt: skip
