@@ -6,6 +6,7 @@ TORCH_INDEX ?=
 DATA ?= data/wikispeedia
 WORK ?= work/demo
 PORT ?= 9090
+TWIN ?= $(CURDIR)/.twin
 RUN := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check install --quiet
 EXTRAS := --extra pairs --extra train --extra index --extra evaluate --extra serving --extra demo
@@ -53,8 +54,8 @@ test: .venv/dev  ## the whole test suite
 	@$(RUN) -m pytest
 
 test-twin: .venv/dev  ## the export in TensorFlow 2.11 with scann 1.2.9, as in the serving image; needs root and debootstrap
-	@tests/twin/build work/twin
-	@TWIN=$(CURDIR)/work/twin $(RUN) -m pytest tests/test_twin.py
+	@tests/twin/build $(TWIN)
+	@TWIN=$(TWIN) $(RUN) -m pytest tests/test_twin.py
 
 lint: .venv/dev  ## ruff and mypy
 	@$(RUN) -m ruff check .
@@ -68,5 +69,5 @@ lock: .venv/dev  ## pin the newest allowed packages anew
 	    $$([ $$lock = run ] && echo "$(EXTRAS)" || echo "--extra dev -c requirements/run.lock") \
 	    --output-file requirements/$$lock.lock setup.cfg; done
 
-clean:  ## remove the environment and everything made
+clean:  ## remove the environment and everything made, but the twin's mounted root
 	rm -rf .venv work build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -167,12 +167,13 @@ class Index(Artifact):
     saved_model.pb, variables/, assets.extra/documents.parquet (row number -> document)
     found.parquet  query int32 (row of queries.npy), num_leaves_to_search int32 (0: exact layer),
                    shipped bool (at the settings that were exported), document_rows list<int32> and
-                   scores list<float>, best first: k + 1 answers, the query's own document not removed;
-                   test queries only. Rows with shipped = false are the sweep over leaves searched.
+                   scores list<float>, best first: up to k + 1 answers, the query's own document not
+                   removed; test queries only. Rows with shipped = false are the sweep over leaves.
 
     facts: layer "scann" or "brute_force", settings (k, num_leaves, num_leaves_to_search,
         num_reordering_candidates, dimensions_per_block, training_iterations, distance_measure; null
-        where the layer has none), tuning (list of {num_leaves_to_search, recall_at_10, low}),
+        where the layer has none), reason (why this layer), tuning (list of {num_leaves_to_search, kind,
+        recall_at_<k>, low}, of the worse kind of queries),
         latency_ms ({p50, p95, p99} of single queries through the loaded SavedModel), bytes, dim.
     """
 

@@ -89,7 +89,7 @@ def test_an_override_replaces_one_setting_and_keeps_its_neighbours(tmp_path):
 
 @pytest.mark.parametrize("override", ["index.k", "k=3", "index=3", "=3"])
 def test_an_override_that_is_none_says_how_one_looks(tmp_path, override):
-    with pytest.raises(ConfigError, match="wanted SECTION.KEY=VALUE"):
+    with pytest.raises(ConfigError, match=r"wanted SECTION\.KEY=VALUE"):
         load(tmp_path, "", override)
 
 

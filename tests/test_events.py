@@ -198,8 +198,11 @@ def test_a_missing_column_names_those_that_are_there(kind, body):
 
 def test_a_truncated_gzip_file_is_named():
     whole = gzip.compress(b'{"user_id": "u", "document_id": "d", "timestamp": 1}\n' * 1000)
-    with pytest.raises(InputError, match="log: cannot be read as jsonl"):
-        list(read(gzip.open(io.BytesIO(whole[:-20])), "log", "jsonl", COLUMNS))
+    with (
+        gzip.open(io.BytesIO(whole[:-20])) as file,
+        pytest.raises(InputError, match="cannot be read as jsonl"),
+    ):
+        list(read(file, "log", "jsonl", COLUMNS))
 
 
 def test_a_file_that_is_no_parquet_is_named():
