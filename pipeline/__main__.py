@@ -148,11 +148,12 @@ def _all(command: argparse.Namespace, beam_options: Sequence[str]) -> int:
             arguments = [stage, "--config", command.config, "--work", str(command.work)]
             arguments += [f"--set={override}" for override in command.overrides]
             arguments += ["--force"] * command.force + list(beam_options) * (stage == "pairs")
-            status = work_.run_process(
-                [sys.executable, "-m", "pipeline", *arguments], stage, command.work, lock
-            )
+            before = _made(stage, config, command.work)
+            status, took = work_.run_process([sys.executable, "-m", "pipeline", *arguments], stage, lock)
             if status:
                 return status
+            if _made(stage, config, command.work) != before:  # it was not skipped
+                work_.note(command.work, stage, took)
         print(work_.table(command.work, config.publish.folder, config.publish.model_name))
     return 0
 
@@ -177,7 +178,8 @@ def run_stage(stage: str, config: Config, work: Path, force: bool, beam_options:
         from pipeline import publish
 
         folder = Path(config.publish.folder or work)
-        publish.run(config.publish, *(_open(s, work) for s in ("train", "index", "evaluate")), folder)
+        model, index, report = (_open(made, work) for made in ("train", "index", "evaluate"))
+        publish.run(config.publish, model, index, report, folder)
         return
     artifact, name = FOLDERS[stage]
     settings, inputs, run = _plan(stage, config, work)

@@ -108,7 +108,7 @@ class EncodeConfig:
 class IndexConfig:
     """How the ScaNN index is built; the names are those of the tfrs ScaNN layer."""
 
-    k: Positive = 10  # results when a request names no k
+    k: Annotated[int, Field(ge=10)] = 10  # results of a request; recall@10 must be measurable
     distance_measure: Literal["dot_product"] = "dot_product"
     num_leaves: Positive | Auto = "auto"  # about sqrt(rows); ScaNN docs/algorithms.md
     num_leaves_to_search: Positive | Auto = "auto"  # auto: the fewest that meet target_recall on dev queries

@@ -22,6 +22,7 @@ from pipeline.encoder import Encoder
 from pipeline.errors import ArtifactError, ConfigError
 
 CHUNK = 4096  # texts encoded between two marks of progress; sorted by length inside
+ROW_GROUP = 10_000  # documents: a client reads only the groups that hold what was found
 PROGRESS = "progress.json"
 MIN_COSINE = 0.999  # of bfloat16 rows to float32 rows, else float32 is used
 PROBE_SIZE = 128  # documents that this is tried on
@@ -61,7 +62,7 @@ def run(config: EncodeConfig, model: Model, pairs: Pairs, out: Path) -> Embeddin
         scratch=[f"*.{PROGRESS}", f"untuned/*.{PROGRESS}"],
     ) as draft:
         folder = draft.folder
-        pq.write_table(documents, folder / "documents.parquet")
+        pq.write_table(documents, folder / "documents.parquet", row_group_size=ROW_GROUP)
         queries = queries_of(pairs, documents, config)
         pq.write_table(queries, folder / "queries.parquet")
 

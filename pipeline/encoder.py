@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ class Encoder:
         self.model = model
         self.batch_size = batch_size
         self.precision = str(model.dtype).removeprefix("torch.")
-        self.dim = int(model.get_embedding_dimension())
+        self.dim = int(model.get_embedding_dimension() or 0)
 
     @classmethod
     def open(
@@ -183,7 +183,7 @@ def _in_package(name: str) -> Path:
     raise InputError(f"{PACKAGE}{name}: {root} holds no modules.json or config.json, so no model")
 
 
-def _modules(folder: Path) -> Iterable:
+def _modules(folder: Path) -> list:
     """Transformer and mean pooling for a folder that Sentence Transformers did not write."""
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 

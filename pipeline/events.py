@@ -25,12 +25,7 @@ MAX_EPOCH_SECONDS = 253_402_300_800  # the year 10000, where datetime ends
 DETAIL_LENGTH = 500  # characters of a rejected row that are kept
 
 REJECTS = {"file": pl.String, "line": pl.Int64, "reason": pl.String, "detail": pl.String}
-EVENTS = {
-    "user_id": pl.String,
-    "document_id": pl.String,
-    "timestamp": pl.Datetime("us", "UTC"),
-    "text": pl.String,
-}
+MOMENT = pl.Datetime("us", "UTC")
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,8 @@ def read(
         kind: "jsonl", "csv" or "parquet".
 
     Yields:
-        (events, rejects) a block: events with the columns of EVENTS and `line`, rejects with those of
+        (events, rejects) a block: events (line, user_id, document_id, timestamp as
+        MOMENT, text), rejects with those of
         REJECTS. Every row of the file is in exactly one of them; blank lines are no rows.
 
     Raises:
@@ -145,10 +141,10 @@ def rejects_of(rows: pl.DataFrame, path: str | None) -> pl.DataFrame:
 def _timestamps(values: pl.Series) -> pl.Series:
     """UTC microseconds of ISO 8601 times with a zone and of epoch numbers; null for all else."""
     if values.dtype == pl.Null:
-        return values.cast(EVENTS["timestamp"])
+        return values.cast(MOMENT)
     if isinstance(values.dtype, pl.Datetime):
         if values.dtype.time_zone is None:
-            return pl.Series(values.name, [None] * len(values), EVENTS["timestamp"])
+            return pl.Series(values.name, [None] * len(values), MOMENT)
         return values.dt.convert_time_zone("UTC").dt.cast_time_unit("us")
     text = values.str.strip_chars()
     number = text.cast(pl.Float64, strict=False)
@@ -173,9 +169,7 @@ def _timestamps(values: pl.Series) -> pl.Series:
     rare = found.is_null() & number.is_null() & text.is_not_null()
     if rare.any():  # other spellings of ISO 8601, such as 20261121T093000+0900
         forms = {value: _iso_8601(value) for value in text.filter(rare).unique().to_list()}
-        others = text.replace_strict(
-            list(forms), list(forms.values()), default=None, return_dtype=EVENTS["timestamp"]
-        )
+        others = text.replace_strict(list(forms), list(forms.values()), default=None, return_dtype=MOMENT)
         found = found.zip_with(~rare, others)
     return found.rename(values.name)
 

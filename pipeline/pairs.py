@@ -10,6 +10,8 @@ The later two need a fact about all that came before: which documents exist, whe
 begin and how popular each document is.
 """
 
+import argparse
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -120,7 +122,7 @@ class Job:
     documents: DocumentsConfig
     draft: Draft
     buckets: str
-    options: "Options"
+    options: "Options"  # below
 
     @property
     def out(self) -> Path:
@@ -540,11 +542,8 @@ class Options:
 
 
 def _options(flags: Sequence[str]) -> Options:
-    import argparse
-    import logging
-
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known: Any = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for owner in PipelineOptions.__subclasses__():
         owner._add_argparse_args(known)
     try:

@@ -24,6 +24,7 @@ STAGING = ".staging-"  # no whole number, so TF Serving does not look at it
 MANIFEST, REPORT, PUBLICATION = "manifest.json", "report.json", "publication.json"
 ENCODER_LEFT_OUT = {"manifest.json", "training.jsonl"}
 INDEX_LEFT_OUT = {"manifest.json", "found.parquet"}
+PRIVATE_FIGURES = {"examples", "map"}  # what single readers opened; clients can read a version's folder
 
 
 def run(config: PublishConfig, model: Model, index: Index, report: Report, folder: Path) -> Path:
@@ -126,7 +127,7 @@ def place(model: Model, index: Index, report: Report, served: Path, model_name: 
     shutil.copytree(index.path, staging, ignore=_only_at_top(index.path, INDEX_LEFT_OUT))
     extra = staging / "assets.extra"
     extra.mkdir(exist_ok=True)
-    shutil.copy(report.path / REPORT, extra / REPORT)
+    write_json(extra / REPORT, {n: v for n, v in report.figures().items() if n not in PRIVATE_FIGURES})
     write_json(extra / MANIFEST, lineage(model, index, report, staging))
     published = {
         "version": version,

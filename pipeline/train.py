@@ -29,7 +29,12 @@ CHECKPOINTS = "checkpoints"
 POOL_SIZE = 1000  # documents that a dev pair's positive is looked for among, beside the positives
 LOG_STEPS = 10  # steps between two points of the loss curve
 # Our names of similarities, and Sentence Transformers'.
-SIMILARITIES = {"dot_product": "dot", "cosine": "cosine", "euclidean": "euclidean", "manhattan": "manhattan"}
+SIMILARITIES: dict[str, Any] = {
+    "dot_product": "dot",
+    "cosine": "cosine",
+    "euclidean": "euclidean",
+    "manhattan": "manhattan",
+}
 RETRIEVAL = "accuracy_at_20"
 CURVE = {"loss": "loss", "eval_accuracy_at_20": RETRIEVAL, "eval_spearman_dot": "spearman_dot"}
 
@@ -235,7 +240,11 @@ def _arguments(config: TrainConfig, table: pa.Table, checkpoints: Path, evaluate
     bfloat16 = config.precision == "bfloat16" or (
         config.precision == "auto" and encoder.has_bfloat16("cpu" if on_cpu else "cuda")
     )
-    best = {"load_best_model_at_end": True, "metric_for_best_model": RETRIEVAL, "greater_is_better": True}
+    best: dict[str, Any] = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": RETRIEVAL,
+        "greater_is_better": True,
+    }
     return SentenceTransformerTrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=config.epochs,

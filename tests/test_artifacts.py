@@ -30,23 +30,24 @@ def test_a_written_artefact_opens_with_its_counts(tmp_path):
     assert sorted(p.name for p in artifact.path.iterdir()) == ["a.txt", "manifest.json"]
 
 
-def test_a_failure_leaves_the_old_artefact_and_the_half_done_work(tmp_path):
-    write(tmp_path / "pairs", "old")
-    with pytest.raises(RuntimeError), writing(Pairs, tmp_path / "pairs", config={}, inputs=[]) as draft:
+def fail_half_way(out: Path, config: dict) -> None:
+    with writing(Pairs, out, config=config, inputs=[]) as draft:
         (draft.folder / "b.txt").write_text("half")
         raise RuntimeError
+
+
+def test_a_failure_leaves_the_old_artefact_and_the_half_done_work(tmp_path):
+    write(tmp_path / "pairs", "old")
+    with pytest.raises(RuntimeError):
+        fail_half_way(tmp_path / "pairs", {})
     assert (tmp_path / "pairs" / "a.txt").read_text() == "old"
     with writing(Pairs, tmp_path / "pairs", config={}, inputs=[]) as draft:
         assert (draft.folder / "b.txt").read_text() == "half"
 
 
 def test_half_done_work_of_other_settings_is_not_taken_up(tmp_path):
-    with (
-        pytest.raises(RuntimeError),
-        writing(Pairs, tmp_path / "pairs", config={"seed": 1}, inputs=[]) as draft,
-    ):
-        (draft.folder / "b.txt").write_text("half")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail_half_way(tmp_path / "pairs", {"seed": 1})
     with writing(Pairs, tmp_path / "pairs", config={"seed": 2}, inputs=[]) as draft:
         assert list(draft.folder.iterdir()) == []
     assert [p.name for p in tmp_path.iterdir()] == ["pairs"]

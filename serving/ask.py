@@ -1,0 +1,144 @@
+"""Ask a running index in words: encode a text as the served version's documents were, show what it found.
+
+The served folder is FOLDER/models/<model_name>/<version>/; that version's encoder is
+FOLDER/encoders/<sha256>/, named by `encoder_sha256` in the version's assets.extra/manifest.json.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ArtifactError, InputError
+from serving.client import Client, Found
+from serving.errors import ServingError
+
+ASSETS = "assets.extra"
+
+
+class PublishedVersion:
+    """One published version folder, as far as a question needs it.
+
+    Attributes:
+        manifest: assets.extra/manifest.json: encoder_sha256, k, dim, description.
+    """
+
+    def __init__(self, model_base_path: Path, version: int) -> None:
+        self.folder = model_base_path / str(version)
+        self.manifest = self._read_manifest()
+
+    @property
+    def encoder_folder(self) -> Path:
+        sha256 = self.manifest.get("encoder_sha256")
+        if not isinstance(sha256, str):
+            raise ArtifactError(f"{self.folder / ASSETS / 'manifest.json'} names no encoder_sha256")
+        folder = self.folder.parent.parent.parent / "encoders" / sha256
+        if not folder.is_dir():
+            raise ArtifactError(f"{folder} is not there: version {self.folder.name} was encoded with it")
+        return folder
+
+    def documents(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The documents of these row numbers, in their order: document_id, text, title.
+
+        Raises:
+            ArtifactError: the table is not there, or too short: it belongs to another index.
+        """
+        path = self.folder / ASSETS / "documents.parquet"
+        try:
+            table = pq.ParquetFile(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ArtifactError(f"{path}: {error}") from None
+        with table:
+            n_rows = table.metadata.num_rows
+            beyond = [row for row in rows if not 0 <= row < n_rows]
+            if beyond:
+                raise ArtifactError(f"{path} has {n_rows} rows, the index found row {beyond[0]}")
+            return _take(table, rows)
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / ASSETS / "manifest.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{path} is not there: give the folder that the server watches as --model_base_path"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} cannot be read: {error}") from None
+
+
+def ask(client: Client, model_base_path: Path, text: str, k: int | None = None) -> str:
+    """What the served index finds for a text, as a table for people.
+
+    Args:
+        k: documents to show; None for as many as the version answers with.
+
+    Raises:
+        ServingError: no server, or it refuses.
+        ArtifactError: the version's folder, encoder or documents are missing.
+        InputError: the text is empty, or k is more than the version answers with.
+    """
+    version = served_version(client, model_base_path)
+    most = version.manifest.get("k")
+    if k is not None and isinstance(most, int) and k > most:
+        raise InputError(f"-k {k}: version {version.folder.name} answers with {most}; choose 1 to {most}")
+    found = client.predict(encode(version, text), int(version.folder.name))
+    found = Found(found.scores[:k], found.rows[:k])
+    return _heading(version) + _table(found, version.documents(found.rows))
+
+
+def served_version(client: Client, model_base_path: Path) -> PublishedVersion:
+    """The folder of the version that the server answers with; raises as `ask`."""
+    return PublishedVersion(model_base_path, client.available_version())
+
+
+def encode(version: PublishedVersion, text: str) -> list[float]:
+    """The text's vector, unit length, by the version's own model; raises as `ask`."""
+    if not text.strip():
+        raise InputError("the text is empty; wanted some words to search for")
+    folder = version.encoder_folder
+    from pipeline.encoder import Encoder  # loads PyTorch: seconds
+
+    return Encoder.open(folder).queries([text])[0].tolist()
+
+
+def _take(table: pq.ParquetFile, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows by number, reading only the row groups they are in: a table can hold millions."""
+    columns = [name for name in ("document_id", "title", "text") if name in table.schema_arrow.names]
+    found: dict[int, dict[str, Any]] = {}
+    start = 0
+    for group in range(table.num_row_groups):
+        end = start + table.metadata.row_group(group).num_rows
+        wanted = sorted({row for row in rows if start <= row < end})
+        if wanted:
+            part = table.read_row_group(group, columns=columns).take([row - start for row in wanted])
+            found.update(zip(wanted, part.to_pylist(), strict=True))
+        start = end
+    return [found[row] for row in rows]
+
+
+def _heading(version: PublishedVersion) -> str:
+    description = version.manifest.get("description")
+    return f"version {version.folder.name}" + (f", {description}" if description else "") + "\n"
+
+
+def _table(found: Found, documents: list[dict[str, Any]]) -> str:
+    from tabulate import tabulate
+
+    if not documents:
+        raise ServingError("the index found no document")
+    lines = [
+        (rank, f"{score:.4f}", str(document["document_id"]), title(document))
+        for rank, (score, document) in enumerate(zip(found.scores, documents, strict=True), start=1)
+    ]
+    headers = ("rank", "score", "document_id", "title")
+    return tabulate(lines, headers, colalign=("right", "right", "left", "left"), disable_numparse=True)
+
+
+def title(document: dict[str, Any]) -> str:
+    """A document's title on one line, or its text's first line."""
+    shown = document.get("title") or str(document.get("text") or "").strip().partition("\n")[0]
+    return " ".join(str(shown).split())

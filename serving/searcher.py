@@ -1,0 +1,145 @@
+"""One index version, opened and ready to answer its signatures; the only TensorFlow user in `serving`.
+
+Loads by TensorFlow's session loader, as TensorFlow Serving does, so that what fails there fails here,
+and in the same words.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serving.protocol import RequestError, Signature, Tensor, TensorInfo
+from serving.versions import LoadError
+
+_NUMPY: dict[str, type] = {
+    "DT_FLOAT": np.float32,
+    "DT_DOUBLE": np.float64,
+    "DT_INT32": np.int32,
+    "DT_INT64": np.int64,
+}
+_NUMPY |= {"DT_INT16": np.int16, "DT_INT8": np.int8, "DT_UINT8": np.uint8, "DT_BOOL": np.bool_}
+_NUMPY |= {"DT_UINT32": np.uint32, "DT_UINT64": np.uint64, "DT_STRING": np.object_}
+_PYTHON_PREFIX = "Graph execution error:\n\n"  # Python adds it; the C++ server's texts begin after it
+
+
+class Searcher:
+    """A loaded SavedModel. Safe to call from several threads at once.
+
+    Attributes:
+        signatures: by name, as the export wrote them, `__saved_model_init_op` included.
+    """
+
+    def __init__(self, session: Any, signature_defs: Mapping[str, Any]) -> None:
+        self._session = session
+        self._calls = {n: _callable(session, s) for n, s in signature_defs.items() if s.inputs}
+        self.signatures = {name: _signature(proto) for name, proto in signature_defs.items()}
+
+    @classmethod
+    def open(cls, folder: Path) -> "Searcher":
+        """Load a version folder: saved_model.pb and variables/.
+
+        Raises:
+            LoadError: it is no SavedModel, is incomplete, or holds ops that are not known here.
+        """
+        if not any((folder / name).is_file() for name in ("saved_model.pb", "saved_model.pbtxt")):
+            raise LoadError(
+                "NOT_FOUND",
+                f"Could not find SavedModel .pb or .pbtxt at supplied export directory path: {folder}. "
+                "Check that the directory exists and that you have the right permissions for accessing it.",
+            )
+        tf = _tensorflow()
+        with tf.Graph().as_default() as graph:
+            session = tf.compat.v1.Session(graph=graph)
+            try:
+                loaded = tf.compat.v1.saved_model.load(session, [tf.saved_model.SERVING], str(folder))
+                return cls(session, loaded.signature_def)
+            except Exception as error:  # the loader raises every kind: op errors, ValueError, DecodeError
+                session.close()
+                raise LoadError(_code(error), _text(error) or type(error).__name__) from error
+
+    def run(self, signature_name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Answer one request.
+
+        Args:
+            inputs: every input of the signature, by name.
+
+        Raises:
+            RequestError: an op refused the input; the text is the op's own.
+        """
+        signature = self.signatures[signature_name]
+        try:
+            values = self._calls[signature_name](*[_array(inputs[name]) for name in sorted(signature.inputs)])
+        except Exception as error:
+            raise RequestError(_code(error), _text(error)) from error
+        names = sorted(signature.outputs)
+        return {n: _tensor(v, signature.outputs[n].dtype) for n, v in zip(names, values, strict=True)}
+
+
+def _tensorflow() -> Any:
+    """TensorFlow with ScaNN's ops, which must be registered before a graph that names them is read."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # ScaNN searches on the CPU
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # the tfrs layer that wrote the graph needs it
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else every refused request is a line
+    import tensorflow as tf
+
+    tf.get_logger().setLevel(logging.ERROR)
+    try:
+        from scann.scann_ops.py import scann_ops  # noqa: F401
+    except ImportError as error:
+        raise LoadError("UNIMPLEMENTED", f"ScaNN's TensorFlow ops cannot be loaded: {error}") from error
+    return tf
+
+
+def _callable(session: Any, signature: Any) -> Any:
+    """A prepared call: inputs and outputs in the order of their names.
+
+    `Session.make_callable` would compare shapes first and refuse in Python's words, not the op's.
+    """
+    from tensorflow.core.protobuf import config_pb2
+
+    options = config_pb2.CallableOptions()
+    options.feed.extend(signature.inputs[name].name for name in sorted(signature.inputs))
+    options.fetch.extend(signature.outputs[name].name for name in sorted(signature.outputs))
+    return session._make_callable_from_options(options)
+
+
+def _signature(proto: Any) -> Signature:
+    inputs = {name: _info(info) for name, info in proto.inputs.items()}
+    outputs = {name: _info(info) for name, info in proto.outputs.items()}
+    return Signature(inputs, outputs, proto.method_name, debug=str(proto))
+
+
+def _info(proto: Any) -> TensorInfo:
+    from tensorflow.core.framework import types_pb2
+
+    shape = None if proto.tensor_shape.unknown_rank else tuple(dim.size for dim in proto.tensor_shape.dim)
+    return TensorInfo(proto.name, types_pb2.DataType.Name(proto.dtype), shape)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return np.asarray(tensor.values, dtype=_NUMPY[tensor.dtype]).reshape(tensor.shape)
+
+
+def _tensor(value: np.ndarray, dtype: str) -> Tensor:
+    value = np.asarray(value)
+    return Tensor(dtype, value.shape, value.ravel().tolist())
+
+
+def _code(error: Exception) -> str:
+    """TensorFlow's name of an error's code."""
+    from tensorflow import errors
+
+    number = getattr(error, "error_code", errors.UNKNOWN)
+    names = {v: k for k, v in vars(errors).items() if k.isupper() and isinstance(v, int)}
+    return names.get(number, "UNKNOWN")
+
+
+def _text(error: Exception) -> str:
+    """An error's text without what only Python adds around it."""
+    text = str(getattr(error, "message", None) or error).removeprefix(_PYTHON_PREFIX)
+    return re.split(r"\n\nOriginal stack trace for ", text)[0].rstrip("\n")

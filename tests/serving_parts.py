@@ -1,0 +1,155 @@
+"""What the serving tests share: a small published index, a stand-in searcher, servers on free ports."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from serving.client import Client
+from serving.protocol import RequestError, Signature, Tensor, TensorInfo
+from serving.server import make_app, make_server
+from serving.versions import LoadError, Versions
+
+K = 3
+ROOT = Path(__file__).parent.parent
+
+# Runs in its own process: TensorFlow stays out of pytest's.
+EXPORT = """
+import sys
+import numpy as np, tensorflow as tf
+from tensorflow_recommenders.layers.factorized_top_k import ScaNN
+rows, k, out = np.load(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+layer = ScaNN(k=k, num_leaves=1, num_leaves_to_search=1, num_reordering_candidates=len(rows))
+layer.index(tf.constant(rows))
+layer(tf.constant(rows[0]))
+tf.saved_model.save(layer, out, options=tf.saved_model.SaveOptions(namespace_whitelist=["Scann"]))
+"""
+
+
+def unit_rows(n: int, dim: int, seed: int = 7) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(n, dim)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def export(rows: np.ndarray, folder: Path, k: int = K) -> None:
+    """A real SavedModel of the tfrs ScaNN layer that searches every row."""
+    environment = os.environ | {"TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    with tempfile.NamedTemporaryFile(suffix=".npy") as matrix:
+        np.save(matrix, rows)
+        matrix.flush()
+        command = [sys.executable, "-c", EXPORT, matrix.name, str(k), str(folder)]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+
+
+class RowsSearcher:
+    """Stands in for a SavedModel: exact search in NumPy, with ScaNN's refusal of a wrong width."""
+
+    def __init__(self, rows: np.ndarray, k: int = K) -> None:
+        self.rows, self.k = rows, k
+        inputs = {"input_1": TensorInfo("serving_default_input_1:0", "DT_FLOAT", (-1,))}
+        outputs = {
+            "output_1": TensorInfo("StatefulPartitionedCall:0", "DT_FLOAT", None),
+            "output_2": TensorInfo("StatefulPartitionedCall:1", "DT_INT32", None),
+        }
+        self.signatures = {"serving_default": Signature(inputs, outputs, "tensorflow/serving/predict")}
+
+    def run(self, signature_name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        query = inputs["input_1"]
+        if query.shape != self.rows.shape[1:]:
+            raise RequestError("INVALID_ARGUMENT", "Query doesn't match dataset dimsensionality")
+        scores = self.rows @ np.asarray(query.values, np.float32)
+        best = np.argsort(-scores, kind="stable")[: self.k]
+        return {
+            "output_1": Tensor("DT_FLOAT", best.shape, scores[best].tolist()),
+            "output_2": Tensor("DT_INT32", best.shape, best.tolist()),
+        }
+
+
+def open_rows(folder: Path) -> RowsSearcher:
+    """Opens a "version" that is one rows.npy."""
+    if not (folder / "rows.npy").exists():
+        raise LoadError("NOT_FOUND", f"Could not find rows.npy in {folder}")
+    return RowsSearcher(np.load(folder / "rows.npy"))
+
+
+def publish_rows(base: Path, version: int, rows: np.ndarray) -> None:
+    (base / str(version)).mkdir(parents=True)
+    np.save(base / str(version) / "rows.npy", rows)
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@contextmanager
+def rows_server(base: Path) -> Iterator[tuple[str, Versions]]:
+    """The real application on a real socket, in this process, over `open_rows` versions."""
+    versions = Versions("index", base, open_rows)
+    versions.poll()
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = make_server(make_app(versions))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", versions
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@contextmanager
+def server_process(base: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """`python -m serving` as a user starts it."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "serving",
+        f"--rest_api_port={port}",
+        f"--model_base_path={base}",
+        *flags,
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_version(url: str, version: int, state: str, seconds: float = 60) -> None:
+    """Until a row says so; fails when it never does."""
+    end = time.monotonic() + seconds
+    with Client(url, "index") as client:
+        while time.monotonic() < end:
+            if (str(version), state) in [(row["version"], row["state"]) for row in client.status()]:
+                return
+            time.sleep(0.05)
+    raise AssertionError(f"version {version} did not become {state} in {seconds} s")
+
+
+def curl(*arguments: str) -> tuple[int, str, str]:
+    """curl as a user runs it: status, content type, body."""
+    command = ["curl", "-sS", "--path-as-is", "-w", "\n%{http_code} %{content_type}", *arguments]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    body, _, last = output.rpartition("\n")
+    status, _, content_type = last.partition(" ")
+    return int(status), content_type, body
+
+
+def predict_body(vector: Sequence[float] | np.ndarray, key: str = "inputs") -> str:
+    return json.dumps({key: np.asarray(vector, dtype=float).tolist()})

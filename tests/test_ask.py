@@ -1,0 +1,157 @@
+"""Asking in words: the version's own encoder, a running server, and the version's own documents."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from serving_parts import ROOT, K, export, publish_rows, rows_server, server_process, unit_rows
+
+from pipeline.errors import ArtifactError, InputError
+from serving.__main__ import main
+from serving.ask import PublishedVersion, ask, title
+from serving.client import Client
+
+VERBS, NOUNS = ("sort", "read", "draw", "count"), ("rows", "files", "lines", "words", "days")
+# ScaNN's codebooks want at least sixteen rows
+TEXTS = ("merge two tables on a key", *(f"{verb} the {noun}" for verb in VERBS for noun in NOUNS))
+TITLES = ("Merge", None, "", *["Other"] * (len(TEXTS) - 3))
+ENCODER = "ab" * 32
+
+# Runs in its own process: a tiny model of the usual make-up, then the texts' vectors by it.
+MAKE_ENCODER = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+folder, out, texts = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+torch.manual_seed(7)
+words = sorted({word for text in texts for word in text.split()})
+body = folder.parent / "body"
+body.mkdir(parents=True)
+tokens = ["[PAD]", "[UNK]", *words]
+by_word = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]"))
+by_word.pre_tokenizer = pre_tokenizers.Whitespace()
+PreTrainedTokenizerFast(tokenizer_object=by_word, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(body)
+config = BertConfig(vocab_size=len(tokens), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                    intermediate_size=16, max_position_embeddings=32)
+BertModel(config).save_pretrained(body)
+transformer = modules.Transformer(str(body), max_seq_length=32)
+SentenceTransformer(modules=[transformer, modules.Pooling(16), modules.Normalize()]).save(str(folder))
+from pipeline.encoder import Encoder
+np.save(out, Encoder.open(folder).documents(texts))
+"""
+
+
+def publish(folder: Path, version: int = 7, row_group_size: int = 2, **manifest: object) -> PublishedVersion:
+    """assets.extra/ of a version, as `publish` leaves it, in FOLDER/models/index/<version>/."""
+    assets = folder / "models" / "index" / str(version) / "assets.extra"
+    assets.mkdir(parents=True, exist_ok=True)
+    ids = [f"d{i}" for i in range(len(TEXTS))]
+    table = pa.table({"document_id": ids, "text": TEXTS, "title": TITLES})
+    pq.write_table(table, assets / "documents.parquet", row_group_size=row_group_size)
+    written = {"encoder_sha256": ENCODER, "k": K, "dim": 8, "description": "simulated readers"} | manifest
+    (assets / "manifest.json").write_text(json.dumps(written))
+    return PublishedVersion(folder / "models" / "index", version)
+
+
+@pytest.mark.parametrize("row_group_size", [1, 2, 100])
+def test_rows_become_documents_in_the_order_found(tmp_path, row_group_size):
+    version = publish(tmp_path, row_group_size=row_group_size)
+    found = version.documents([3, 0, 3, 1])
+    assert [document["document_id"] for document in found] == ["d3", "d0", "d3", "d1"]
+    assert found[1] == {"document_id": "d0", "title": "Merge", "text": TEXTS[0]}
+
+
+def test_a_row_beyond_the_table_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match=r"documents\.parquet has 21 rows, the index found row 21$"):
+        publish(tmp_path).documents([0, 21])
+
+
+def test_a_document_without_a_title_shows_its_first_line():
+    assert title({"title": "A \n title"}) == "A title"
+    assert title({"title": None, "text": " one\ttwo\nthree"}) == "one two"
+    assert title({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda assets: (assets / "manifest.json").unlink(), "is not there: give the folder that the server"),
+        (lambda assets: (assets / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda assets: (assets / "manifest.json").write_text("{}"), "names no encoder_sha256"),
+        (lambda assets: None, f"encoders/{ENCODER} is not there: version 7 was encoded with it"),
+    ],
+)
+def test_what_is_missing_from_a_version_is_named(tmp_path, spoil, said):
+    publish(tmp_path)
+    base = tmp_path / "models" / "index"
+    spoil(base / "7" / "assets.extra")
+    publish_rows(tmp_path / "watched", 7, unit_rows(4, 8))
+    with (
+        rows_server(tmp_path / "watched") as (url, _),
+        Client(url) as client,
+        pytest.raises(ArtifactError) as caught,
+    ):
+        ask(client, base, "words", k=1)
+    assert said in str(caught.value)
+
+
+def test_more_than_the_version_answers_and_no_words_are_refused(tmp_path):
+    publish(tmp_path)
+    publish_rows(tmp_path / "watched", 7, unit_rows(4, 8))
+    with rows_server(tmp_path / "watched") as (url, _), Client(url) as client:
+        with pytest.raises(InputError, match=rf"^-k 4: version 7 answers with {K}; choose 1 to {K}$"):
+            ask(client, tmp_path / "models" / "index", "words", k=K + 1)
+        with pytest.raises(InputError, match="the text is empty"):
+            ask(client, tmp_path / "models" / "index", "  ", k=1)
+
+
+def test_asking_nobody_is_one_line(capsys):
+    assert main(["ask", "words", "--url", "localhost"]) == 1
+    assert capsys.readouterr().err == "error: localhost: not an address; wanted http://HOST:PORT\n"
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-m", "serving", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_words_find_the_document_that_says_the_same(tmp_path):
+    base = tmp_path / "models" / "index"
+    vectors = tmp_path / "vectors.npy"
+    arguments = [str(tmp_path / "encoders" / ENCODER), str(vectors), *TEXTS]
+    subprocess.run(
+        [sys.executable, "-c", MAKE_ENCODER, *arguments], check=True, cwd=ROOT, capture_output=True
+    )
+    export(np.load(vectors), base / "7")
+    publish(tmp_path)
+    with server_process(base) as (url, _):
+        with Client(url) as client:
+            client.wait_until_ready(deadline=60)
+        where = ("--url", url, "--model_base_path", str(base))
+        lines = run("ask", TEXTS[0], "-k", "2", *where).splitlines()
+        assert lines[0] == "version 7, simulated readers"
+        assert lines[1].split() == ["rank", "score", "document_id", "title"]
+        assert lines[3].split() == ["1", "1.0000", "d0", "Merge"]
+        assert len(lines) == 5
+        query = json.loads(run("ask", TEXTS[0], "--body", *where))
+        np.testing.assert_allclose(query["inputs"], np.load(vectors)[0], atol=1e-6)
+        (tmp_path / "query.json").write_text(json.dumps(query))
+        curl = subprocess.run(
+            ["curl", "-sS", "-d", f"@{tmp_path}/query.json", "-X", "POST", f"{url}/v1/models/index:predict"],
+            check=True,
+            capture_output=True,
+        )
+        assert json.loads(curl.stdout)["outputs"]["output_2"][0] == 0
+        assert "ready: version 7" in run("probe", "--url", url, "--query", str(tmp_path / "query.json"))

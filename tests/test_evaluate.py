@@ -1,0 +1,349 @@
+"""The whole stage on artefacts small enough to be checked by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.artifacts import Embeddings, Index, Model, Pairs, Report, writing
+from pipeline.config import EvaluateConfig
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.evaluate import run
+
+CONFIG = EvaluateConfig(n_draws=200)
+WORDS = ["red fox", "red hen", "blue fox", "green owl", *(f"other{i}" for i in range(8))]
+IDS = [f"d{i}" for i in range(12)]
+
+# One row a document, so that the scores of a query are its own numbers.
+DOCUMENTS = np.eye(12, dtype=np.float32)
+# d0's nearest are d0 itself, d1, d2, ..., d11; d3's are d3, d4, ..., d11, d0, d1, d2.
+DOWN = (np.arange(12, 0, -1) / 12).astype(np.float32)
+TUNED = np.stack([DOWN, np.roll(DOWN, 3), DOWN])
+UNTUNED = np.stack([np.roll(DOWN, 6), np.roll(DOWN, 3), DOWN])
+QUERIES = [("document", 0), ("document", 3), ("typed", 0)]
+
+TEST = [("d0", "d1", "ann", "s1"), ("d0", "d3", "ben", "s2"), ("d3", "d4", "ben", "s2")]
+TRAINED = [("d0", "d1", "cat", "s0"), ("d3", "d0", "cat", "s0")]
+
+# Eleven answers each. The first query misses d10 and has d11 in its place, the second misses nothing.
+SHIPPED = [
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11],
+    [3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 1],
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+]
+SWEEP = [[0, 1, 2, 3, 4, 5, -1, -1, -1, -1, -1], [3, 4, 5, 6, 7, 8, -1, -1, -1, -1, -1]]
+
+
+def write(folder: Path, name: str, columns: dict) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / name)
+
+
+def pair_columns(rows: list[tuple[str, str, str, str]]) -> dict:
+    texts = dict(zip(IDS, WORDS, strict=True))
+    return {
+        "anchor": [texts[r[0]] for r in rows],
+        "positive": [texts[r[1]] for r in rows],
+        "negative": [WORDS[11] for _ in rows],
+        "anchor_id": [r[0] for r in rows],
+        "positive_id": [r[1] for r in rows],
+        "negative_id": ["d11" for _ in rows],
+        "session_id": [r[3] for r in rows],
+        "user_id": [r[2] for r in rows],
+    }
+
+
+def make_pairs(path: Path, test=TEST, description="made readers", events=True) -> Pairs:
+    with writing(Pairs, path, config={"test": test, "events": events}, inputs=[]) as draft:
+        if test:
+            write(draft.folder, "test-00000.parquet", pair_columns(test))
+            write(draft.folder, "pairs-00000.parquet", pair_columns(TRAINED))
+        draft.rows |= {"events": 9, "rejects": 1, "sessions": 3, "pairs": 2, "dev": 0, "test": len(test)}
+        draft.facts |= {
+            "description": description,
+            "dev_start": "2026-01-01T00:00:00Z" if events else None,
+            "test_start": "2026-02-01T00:00:00Z" if events else None,
+            "events": {"read": 10, "in_sessions": 8, "duplicates": 1, "rejected": 1} if events else {},
+            "rejects": {"bad_timestamp": 1} if events else {},
+            "session_lengths": {"2": 2, "3": 1} if events else {},
+            "gap_duration": 1800,
+        }
+    return Pairs.open(path)
+
+
+def make_model(path: Path) -> Model:
+    with writing(Model, path, config={}, inputs=[]) as draft:
+        lines = [{"step": 1, "epoch": 0.5, "loss": 2.0}, {"step": 2, "epoch": 1.0, "accuracy_at_20": 0.5}]
+        (draft.folder / "training.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        draft.facts |= {"dim": 12, "base_model": "given", "trained": True, "main_similarity": "dot_product"}
+    return Model.open(path)
+
+
+def make_embeddings(path: Path, events=True, pool=range(12)) -> Embeddings:
+    with writing(Embeddings, path, config={"events": events, "pool": list(pool)}, inputs=[]) as draft:
+        folder = draft.folder
+        np.save(folder / "embeddings.npy", DOCUMENTS)
+        documents = {"document_id": IDS, "text": WORDS, "title": [w.upper() for w in WORDS]}
+        write(folder, "documents.parquet", documents | {"categories": ["Birds > Owls", "Foxes"] * 6})
+        np.save(folder / "queries.npy", TUNED)
+        write(
+            folder,
+            "queries.parquet",
+            {
+                "text": [WORDS[row] for _, row in QUERIES],
+                "kind": [kind for kind, _ in QUERIES],
+                "span": ["test"] * len(QUERIES),
+                "document_id": [IDS[row] for _, row in QUERIES],
+                "document_row": pa.array([row for _, row in QUERIES], pa.int32()),
+            },
+        )
+        write(folder, "pool.parquet", {"document_row": pa.array(list(pool), pa.int32())})
+        if events:
+            (folder / "untuned").mkdir(exist_ok=True)
+            np.save(folder / "untuned" / "documents.npy", DOCUMENTS[list(pool)])
+            np.save(folder / "untuned" / "queries.npy", UNTUNED)
+        draft.facts |= {"dim": 12}
+    return Embeddings.open(path)
+
+
+def make_index(path: Path, k=10, shipped=SHIPPED) -> Index:
+    with writing(Index, path, config={"target_recall": 0.95, "k": k, "rows": shipped}, inputs=[]) as draft:
+        rows = [*shipped, *SWEEP]
+        queries = [*range(len(shipped)), *range(len(SWEEP))]
+        scores = [[float(TUNED[q][d]) for d in row] for q, row in zip(queries, rows, strict=True)]
+        write(
+            draft.folder,
+            "found.parquet",
+            {
+                "query": pa.array(queries, pa.int32()),
+                "num_leaves_to_search": pa.array([2] * len(shipped) + [1] * len(SWEEP), pa.int32()),
+                "shipped": [True] * len(shipped) + [False] * len(SWEEP),
+                "document_rows": pa.array(rows, pa.list_(pa.int32())),
+                "scores": pa.array(scores, pa.list_(pa.float32())),
+            },
+        )
+        draft.facts |= {
+            "layer": "scann",
+            "settings": {
+                "k": k,
+                "num_leaves": 4,
+                "num_leaves_to_search": 2,
+                "num_reordering_candidates": 100,
+            },
+            "latency_ms": {"p50": 0.4, "p95": 0.6, "p99": 0.9},
+        }
+    return Index.open(path)
+
+
+def run_on(inputs: tuple[Pairs, Model, Embeddings, Index], out: Path) -> Report:
+    return run(CONFIG, *inputs, out)
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    return (
+        make_pairs(tmp_path / "pairs"),
+        make_model(tmp_path / "model"),
+        make_embeddings(tmp_path / "embeddings"),
+        make_index(tmp_path / "index"),
+    )
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """report.json of one run, for the tests that only read it."""
+    folder = tmp_path_factory.mktemp("once")
+    pairs, model = make_pairs(folder / "pairs"), make_model(folder / "model")
+    embeddings, index = make_embeddings(folder / "embeddings"), make_index(folder / "index")
+    return run(CONFIG, pairs, model, embeddings, index, folder / "report").figures()
+
+
+def test_recall_leaves_out_the_querys_own_document(figures):
+    index = figures["index"]
+    # 9 of 10 and 10 of 10
+    assert index["recall_at_10"] == pytest.approx(0.95)
+    assert index["n_queries"] == 2
+    assert index["interval"]["low"] == pytest.approx(0.9)
+    assert index["interval"]["high"] == pytest.approx(1.0)
+    assert index["max_score_error"] == 0.0
+
+
+def test_a_typed_query_may_find_the_document_its_words_are_from(figures):
+    index = figures["index"]
+    # d0 to d9 are the ten nearest, d0 among them
+    assert (index["recall_at_10_typed"], index["n_queries_typed"]) == (1.0, 1)
+
+
+def test_the_sweep_has_one_point_for_each_number_of_leaves(figures):
+    (point,) = figures["index"]["sweep"]
+    # five answers each beside the query's own document; rows of -1 are no answers
+    assert (point["num_leaves_to_search"], point["recall_at_10"]) == (1, 0.5)
+
+
+def test_accuracies_are_those_counted_by_hand(figures):
+    retrieval = figures["retrieval"]
+    # tuned: d1 is first for d0, d3 third, d4 first for d3
+    assert retrieval["tuned"]["accuracy_at_1"] == pytest.approx(2 / 3, abs=1e-6)
+    assert retrieval["tuned"]["accuracy_at_5"] == 1.0
+    # untuned: from d0 first d6, ..., d11, then (d0 itself left out) d1 is seventh and d3 ninth
+    assert retrieval["untuned"]["accuracy_at_1"] == pytest.approx(1 / 3, abs=1e-6)
+    assert retrieval["untuned"]["accuracy_at_5"] == pytest.approx(1 / 3, abs=1e-6)
+    assert retrieval["untuned"]["accuracy_at_20"] == 1.0
+    # BM25: "red fox" finds "red hen" and "blue fox" alike; no word leads to d3 or d4, however long the list
+    assert retrieval["bm25"]["accuracy_at_1"] == pytest.approx(0.5 / 3, abs=1e-6)
+    assert retrieval["bm25"]["accuracy_at_100"] == pytest.approx(1 / 3, abs=1e-6)
+    assert retrieval["tuned_minus_bm25_at_20"]["mean"] == pytest.approx(2 / 3, abs=1e-6)
+    assert (retrieval["n_pairs"], retrieval["n_readers"], retrieval["n_pool"]) == (3, 2, 12)
+
+
+def test_pairs_seen_in_training_are_left_out_of_the_second_figures(figures):
+    unseen = figures["retrieval"]["unseen"]
+    # (d0, d1) was trained on; (d0, d3) was not, though (d3, d0) was
+    assert unseen["n_pairs"] == 2
+    assert unseen["tuned"]["accuracy_at_1"] == 0.5
+
+
+def test_every_share_has_an_interval_around_it(figures):
+    retrieval = figures["retrieval"]
+    for name in ("tuned", "untuned", "bm25"):
+        bounds = retrieval["intervals"][f"{name}_at_20"]
+        assert bounds["low"] <= bounds["mean"] <= bounds["high"]
+        assert bounds["mean"] == retrieval[name]["accuracy_at_20"]
+    # ann has one pair, found by both; ben two, found by the tuned model alone: all draws are 0 to 1
+    difference = retrieval["tuned_minus_bm25_at_20"]
+    assert (difference["low"], difference["high"]) == (0.0, 1.0)
+
+
+def test_typed_queries_have_accuracies_of_their_own(figures):
+    typed = figures["retrieval"]["typed"]
+    # only d0 is typed too, and its vector is the same before tuning: d1 is first, d3 third
+    assert typed["n_pairs"] == 2
+    assert typed["tuned"]["accuracy_at_1"] == typed["untuned"]["accuracy_at_1"] == 0.5
+    assert typed["tuned"]["accuracy_at_5"] == 1.0
+
+
+def test_a_document_outside_the_pool_is_no_rival(inputs, tmp_path):
+    pairs, model, _, index = inputs
+    pool = [4, 3, 1]  # d0's nearer rival d2 is gone, and so is d0 itself
+    embeddings = make_embeddings(tmp_path / "smaller", pool=pool)
+    report = run(CONFIG, pairs, model, embeddings, index, tmp_path / "report").figures()
+    # d0 -> d1 first, d0 -> d3 second, d3 -> d4 first
+    assert report["retrieval"]["tuned"]["accuracy_at_1"] == pytest.approx(2 / 3, abs=1e-6)
+    assert report["examples"][0]["rank"]["tuned"] in (1, 2)
+
+
+def test_pairs_that_cannot_be_asked_are_counted(inputs, tmp_path):
+    _, model, embeddings, index = inputs
+    pairs = make_pairs(tmp_path / "more", test=[*TEST, ("d7", "d8", "dan", "s9")])  # d7 is no query
+    retrieval = run(CONFIG, pairs, model, embeddings, index, tmp_path / "report").figures()["retrieval"]
+    assert (retrieval["n_pairs"], retrieval["n_pairs_left_out"]) == (3, 1)
+
+
+def test_without_an_event_log_recall_is_there_and_retrieval_is_absent_with_a_reason(inputs, tmp_path):
+    _, model, _, index = inputs
+    pairs = make_pairs(tmp_path / "none", test=[], events=False, description="")
+    embeddings = make_embeddings(tmp_path / "documents_alone", events=False)
+    report = run(CONFIG, pairs, model, embeddings, index, tmp_path / "report")
+    retrieval = report.figures()["retrieval"]
+    assert report.figures()["index"]["recall_at_10"] == pytest.approx(0.95)
+    assert (retrieval["n_pairs"], retrieval["tuned"], retrieval["tuned_minus_bm25_at_20"]) == (0, None, None)
+    assert "no event log" in retrieval["reason"]
+    assert "no event log" in (report.path / "report.html").read_text()
+
+
+def test_a_log_without_held_out_pairs_says_so(inputs, tmp_path):
+    _, model, embeddings, index = inputs
+    pairs = make_pairs(tmp_path / "short", test=[])
+    retrieval = run(CONFIG, pairs, model, embeddings, index, tmp_path / "report").figures()["retrieval"]
+    assert retrieval["reason"] == "no session of the test span has two documents"
+
+
+def test_the_same_inputs_give_the_same_report_to_the_byte(inputs, tmp_path):
+    first = run_on(inputs, tmp_path / "one")
+    second = run_on(inputs, tmp_path / "two")
+    assert first.digest == second.digest
+
+
+def test_every_page_says_whose_figures_it_shows(inputs, tmp_path):
+    html = (run_on(inputs, tmp_path / "report").path / "report.html").read_text()
+    assert "<h1>What the search finds: made readers</h1>" in html
+
+
+def test_the_report_names_what_it_compared(inputs, tmp_path):
+    lineage = run_on(inputs, tmp_path / "report").figures()["lineage"]
+    assert lineage["digests"] == {artifact.kind: artifact.digest for artifact in inputs}
+    assert "bm25s" in lineage["libraries"]
+
+
+def test_an_index_that_answers_fewer_than_ten_is_refused(inputs, tmp_path):
+    pairs, model, embeddings, _ = inputs
+    index = make_index(tmp_path / "five", k=5)
+    with pytest.raises(ConfigError, match=r"index\.k is 5"):
+        run(CONFIG, pairs, model, embeddings, index, tmp_path / "report")
+    with pytest.raises(ArtifactError, match="run stage evaluate first"):
+        Report.open(tmp_path / "report")
+
+
+@pytest.mark.parametrize("rows", [[[0, 1, 2]] * 4, [[0, 1, 12]]], ids=["a query", "a document"])
+def test_an_index_of_other_embeddings_is_refused(inputs, tmp_path, rows, monkeypatch):
+    pairs, model, embeddings, _ = inputs
+    monkeypatch.setattr(f"{__name__}.TUNED", np.ones((4, 13), np.float32))  # for the scores alone
+    index = make_index(tmp_path / "other", shipped=rows)
+    with pytest.raises(ArtifactError, match="run stage index again"):
+        run(CONFIG, pairs, model, embeddings, index, tmp_path / "report")
+
+
+def test_held_out_pairs_of_other_embeddings_are_refused(inputs, tmp_path):
+    _, model, embeddings, index = inputs
+    pairs = make_pairs(tmp_path / "foreign", test=[("d7", "d8", "dan", "s9")])
+    with pytest.raises(ArtifactError, match="run stage encode again"):
+        run(CONFIG, pairs, model, embeddings, index, tmp_path / "report")
+
+
+def test_untuned_vectors_of_another_pool_are_refused(inputs, tmp_path):
+    pairs, model, embeddings, index = inputs
+    np.save(embeddings.path / "untuned" / "documents.npy", DOCUMENTS[:5])
+    with pytest.raises(ArtifactError, match="one row for each of 12"):
+        run(CONFIG, pairs, model, embeddings, index, tmp_path / "report")
+
+
+def test_an_index_without_test_queries_has_no_recall_and_the_page_a_dash(inputs, tmp_path):
+    _, model, embeddings, _ = inputs
+    pairs = make_pairs(tmp_path / "none", test=[], events=False)
+    index = make_index(tmp_path / "unasked")
+    path = index.path / "found.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    report = run(CONFIG, pairs, model, embeddings, index, tmp_path / "report")
+    assert (report.figures()["index"]["recall_at_10"], report.figures()["index"]["n_queries"]) == (None, 0)
+    assert "<td>–" in (report.path / "report.html").read_text()
+
+
+def test_dev_queries_are_not_in_the_figures(inputs, tmp_path):
+    pairs, model, embeddings, index = inputs
+    path = embeddings.path / "queries.parquet"
+    table = pq.read_table(path).to_pydict() | {"span": ["dev", "test", "test"]}
+    pq.write_table(pa.table(table), path)
+    report = run(CONFIG, pairs, model, embeddings, index, tmp_path / "report").figures()
+    assert (report["index"]["n_queries"], report["index"]["recall_at_10"]) == (1, 1.0)  # d3's alone
+    assert report["retrieval"]["n_pairs"] == 1
+
+
+def test_the_stage_loads_neither_pytorch_nor_tensorflow(inputs, tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from pipeline.artifacts import Embeddings, Index, Model, Pairs
+from pipeline.config import EvaluateConfig
+from pipeline.evaluate import run
+work = Path({str(tmp_path)!r})
+inputs = [kind.open(work / kind.kind) for kind in (Pairs, Model, Embeddings, Index)]
+run(EvaluateConfig(n_draws=10), *inputs, work / "report")
+print(sorted({{"torch", "tensorflow", "matplotlib.pyplot"}} & set(sys.modules)))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"

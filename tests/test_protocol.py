@@ -1,0 +1,413 @@
+"""TensorFlow Serving's JSON, read and written. Expected texts: tensorflow/serving r2.11, RapidJSON 1.1.0."""
+
+import json
+import math
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving import protocol, rapidjson
+from serving.protocol import RequestError, Signature, Tensor, TensorInfo, VersionStatus
+
+VECTOR = {"input_1": TensorInfo("serving_default_input_1:0", "DT_FLOAT", (-1,))}
+SEARCH = {
+    "queries": TensorInfo("q:0", "DT_FLOAT", (-1, 2)),
+    "k": TensorInfo("k:0", "DT_INT32", ()),
+}
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+def read(body: bytes, inputs=VECTOR) -> dict[str, Tensor]:
+    return protocol.read_inputs(protocol.read_json(body), inputs)
+
+
+def refusal(body: bytes, inputs=VECTOR) -> str:
+    with pytest.raises(RequestError) as caught:
+        read(body, inputs)
+    assert caught.value.code == "INVALID_ARGUMENT"
+    return caught.value.message
+
+
+def shapes_and_values(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: (tensor.shape, list(tensor.values)) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "wanted"),
+    [
+        ("GET", "/v1/models/index", ("status", "index", None, None)),
+        ("GET", "/v1/models/index/versions/007", ("status", "index", 7, None)),
+        ("GET", "/v1/models/index/labels/stable", ("status", "index", None, "stable")),
+        ("GET", "/v1/models/index/metadata", ("metadata", "index", None, None)),
+        ("GET", "/v1/models/index/versions/7/metadata", ("metadata", "index", 7, None)),
+        # the pattern ignores case, the comparison after it does not
+        ("GET", "/V1/Models/index/METADATA", ("status", "index", None, None)),
+        ("GET", "/v1/models/%69ndex", ("status", "index", None, None)),
+        # the query string is part of the matched path
+        ("GET", "/v1/models/index?x=1", ("status", "index?x=1", None, None)),
+        ("POST", "/v1/models/index:predict", ("predict", "index", None, None)),
+        ("POST", "/v1/models/index/versions/7:classify", ("classify", "index", 7, None)),
+    ],
+)
+def test_a_path_says_what_is_asked(method, path, wanted):
+    route = protocol.route(method, path)
+    assert (route.action, route.model_name, route.version, route.label) == wanted
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/models/"),
+        ("GET", "/v1/models/index/"),
+        ("GET", "/v1/models/index/metadata/"),
+        ("GET", "/v1/models/index/versions/abc"),
+        ("GET", "/v1/models/index:predict"),
+        ("POST", "/v1/models/index"),
+        ("POST", "/v1/models/index:predict/"),
+        ("POST", "/v1/models/index:predict?x=1"),
+        ("POST", "/v1/models/index%3Apredict"),
+        ("POST", "/v1/models/index:PREDICT"),
+        ("HEAD", "/v1/models/index"),
+        ("PUT", "/v1/models/index:predict"),
+    ],
+)
+def test_any_other_path_is_a_malformed_request(method, path):
+    with pytest.raises(RequestError) as caught:
+        protocol.route(method, path)
+    assert caught.value.message == f"Malformed request: {method} {path}"
+    assert caught.value.http_status == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/versions/1"])
+def test_a_path_without_a_model_is_told_so(path):
+    with pytest.raises(RequestError, match=r"^Missing model name in request\.$"):
+        protocol.route("GET", path)
+
+
+def test_a_version_beyond_64_bits_is_refused_with_an_empty_body():
+    # http_rest_api_handler.cc returns before it writes the JSON
+    with pytest.raises(RequestError) as caught:
+        protocol.route("GET", f"/v1/models/index/versions/{2**63}")
+    assert (caught.value.http_status, caught.value.body()) == (400, b"")
+    assert protocol.route("GET", f"/v1/models/index/versions/{2**63 - 1}").version == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "The document is empty"),
+        (b" \n", "The document is empty. at offset: 2"),
+        (b"{", "Missing a name for object member. at offset: 1"),
+        (b"{'a': 1}", "Missing a name for object member. at offset: 1"),
+        (b'{"a": 1,}', "Missing a name for object member. at offset: 8"),
+        (b'{"a" 1}', "Missing a colon after a name of object member. at offset: 5"),
+        (b'{"a": 1 "b": 2}', "Missing a comma or '}' after an object member. at offset: 8"),
+        (b"[1, 2", "Missing a comma or ']' after an array element. at offset: 5"),
+        (b"[1,]", "Invalid value. at offset: 3"),
+        (b"[0.5, nan]", "Invalid value. at offset: 7"),
+        (b"[infinity]", "Invalid value. at offset: 1"),
+        (b"// x\n{}", "Invalid value. at offset: 0"),
+        (b"[1.]", "Miss fraction part in number. at offset: 3"),
+        (b"[1e]", "Miss exponent in number. at offset: 3"),
+        (b"[0, 1e400]", "Number too big to be stored in double. at offset: 4"),
+        (b"[" + b"9" * 400 + b"]", "Number too big to be stored in double. at offset: 1"),
+        (b'"abc', "Missing a closing quotation mark in string. at offset: 4"),
+        (b'"\\x"', "Invalid escape character in string. at offset: 1"),
+        (b'"a\nb"', "Invalid escape character in string. at offset: 2"),
+        (b'"\\u12"', "Incorrect hex digit after \\u escape in string. at offset: 1"),
+        (b'"\\ud800"', "The surrogate pair in string is invalid. at offset: 1"),
+        (b"{} {}", "The document root must not be followed by other values. at offset: 3"),
+        (b"[" * 100_000, "Nested too deeply."),  # ours: the real server's stack would overflow
+    ],
+)
+def test_what_is_not_json_is_refused_in_rapidjsons_words(body, message):
+    assert refusal(body) == f"JSON Parse error: {message}"
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+        (b'{"a": 1, "b": 2, "a": 3}', {"a": 1, "b": 2}),  # the first of equal keys
+        (b'{"a": 1, "\\u0061": 3}', {"a": 1}),
+        (b"[Infinity, -Infinity, Inf, -Inf]", [math.inf, -math.inf, math.inf, -math.inf]),
+        (b"[1e-400, -0.0, 1e308]", [0.0, -0.0, 1e308]),
+        (b'"\\ud83d\\ude00"', "😀"),
+        (b'"\xff"', "\udcff"),  # bytes that are not UTF-8 are kept
+        (b"[1]\0 anything", [1]),  # a zero ends the document
+    ],
+)
+def test_what_rapidjson_forgives_is_read(body, value):
+    assert rapidjson.parse(body) == value
+
+
+@given(JSON_VALUES)
+def test_the_fast_reader_and_the_exact_one_agree(value):
+    body = json.dumps(value).encode()
+    assert repr(rapidjson.parse(body)) == repr(rapidjson._Reader(body).document())
+
+
+@given(
+    st.binary(max_size=40) | st.text(alphabet='{}[]",:.+-eE0129NaInfity\\u \n', max_size=40).map(str.encode)
+)
+def test_any_bytes_are_read_or_refused_in_words(body):
+    try:
+        assert isinstance(protocol.read_json(body), dict)
+    except RequestError as error:
+        refused = error.message
+    else:
+        return
+    assert refused.startswith(("JSON Parse error: ", "JSON Value: "))
+
+
+def test_columnar_and_row_forms_make_the_same_vector():
+    wanted = {"input_1": ((3,), [1.0, 2.5, -3.0])}
+    assert shapes_and_values(read(b'{"inputs": [1, 2.5, -3]}')) == wanted
+    assert shapes_and_values(read(b'{"inputs": {"input_1": [1, 2.5, -3], "extra": 1}}')) == wanted
+    assert shapes_and_values(read(b'{"instances": [1, 2.5, -3]}')) == wanted
+    rows = b'{"instances": [{"input_1": 1}, {"input_1": 2.5}, {"input_1": -3}]}'
+    assert shapes_and_values(read(rows)) == wanted
+
+
+def test_a_nested_list_becomes_a_matrix_that_the_op_can_refuse():
+    assert shapes_and_values(read(b'{"instances": [[1, 2]]}')) == {"input_1": ((1, 2), [1.0, 2.0])}
+    assert shapes_and_values(read(b'{"inputs": 5}')) == {"input_1": ((), [5.0])}
+    assert shapes_and_values(read(b'{"inputs": []}')) == {"input_1": ((0,), [])}
+
+
+def test_several_inputs_are_taken_by_name():
+    body = b'{"inputs": {"k": 3, "queries": [[1, 2], [3, 4]]}}'
+    wanted = {"k": ((), [3]), "queries": ((2, 2), [1.0, 2.0, 3.0, 4.0])}
+    assert shapes_and_values(read(body, SEARCH)) == wanted
+
+
+def test_numbers_past_float32_become_infinite():
+    assert list(read(b'{"inputs": [1e39, -1e39, 1e-60]}')["input_1"].values) == [math.inf, -math.inf, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"[1]", "JSON Value: [\n    1\n] Is not object"),
+        (b'{"x": 1}', "Missing 'inputs' or 'instances' key"),
+        (
+            b'{"instances": 1}',
+            "JSON Value: {\n    \"instances\": 1\n} Expecting 'instances' to be an list/array",
+        ),
+        (b'{"instances": []}', "JSON Value: {\n    \"instances\": []\n} No values in 'instances' array"),
+        (b'{"inputs": {}}', "Missing named input: input_1 in 'inputs' object."),
+        (b'{"inputs": ["a"]}', 'JSON Value: "a" Type: String is not of expected type: float'),
+        (b'{"inputs": [true]}', "JSON Value: true Type: True is not of expected type: float"),
+        (b'{"inputs": [null]}', "JSON Value: null Type: Null is not of expected type: float"),
+        (b'{"inputs": [[1, 2], [3]]}', "Encountered list at unexpected size: 1 at level: 1 expected size: 2"),
+        (b'{"inputs": [1, [2]]}', "Encountered list at unexpected level: 1 expected < 1"),
+        (
+            b'{"inputs": [[1], 2.5]}',
+            "JSON Value: 2.5 found at incorrect level: 2 in the JSON DOM. Expected at level: 2",
+        ),
+        (
+            b'{"instances": [1, [2]]}',
+            "Failed to process element: 1 of 'instances' list. "
+            "Error: INVALID_ARGUMENT: Expecting shape [] but got: [1]",
+        ),
+        (
+            b'{"instances": [[1], [2, 3]]}',
+            "Failed to process element: 1 of 'instances' list. "
+            "Error: INVALID_ARGUMENT: Expecting tensor size: 1 but got: 2",
+        ),
+        (
+            b'{"instances": [{"input_1": 1, "x": 2}]}',
+            "Failed to process element: 0 key: x of 'instances' list. "
+            "Error: INVALID_ARGUMENT: JSON object: does not have named input: x",
+        ),
+        (
+            b'{"instances": [{}]}',
+            "Failed to process element: 0 of 'instances' list. "
+            "JSON object: {} keys must be equal to: input_1",
+        ),
+        (
+            b'{"instances": [1, {"input_1": 2}]}',
+            "Expecting value/list but got object at item 1 of input list",
+        ),
+        (b'{"instances": [{"input_1": 2}, 1]}', "Expecting object but got list at item 1 of input list"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(body, message):
+    assert refusal(body) == message
+
+
+def test_both_forms_at_once_are_refused():
+    assert refusal(b'{"inputs": [1], "instances": [1]}').endswith(
+        "} Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist "
+    )
+
+
+def test_a_scalar_input_takes_whole_numbers_only():
+    body = b'{"inputs": {"queries": [[1, 2]], "k": 2.0}}'
+    assert refusal(body, SEARCH) == "JSON Value: 2.0 Type: Number is not of expected type: int32"
+    body = b'{"inputs": {"queries": [[1, 2]], "k": 2147483648}}'
+    assert refusal(body, SEARCH).startswith("JSON Value: 2147483648 Type: Number")
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"signature_name": "nope"}, 'Serving signature name: "nope" not found in signature def'),
+        ({"signature_name": 1}, "'signature_name' key must be a string value."),
+        ({"signature_name": "init"}, "Failed to get input map for signature: init"),
+    ],
+)
+def test_a_signature_that_cannot_be_asked_is_refused(document, message):
+    signatures = {"serving_default": Signature(VECTOR, {}, ""), "init": Signature({}, {}, "")}
+    with pytest.raises(RequestError) as caught:
+        protocol.find_signature(signatures, document)
+    assert caught.value.message.endswith(message)
+    assert protocol.find_signature(signatures, {}).inputs == VECTOR
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.2, "0.2"),
+        (1.0, "1.0"),
+        (-0.0, "-0.0"),
+        (9_000_000.0, "9e+06"),  # "%g", as WriteDecimal's comment says
+        (0.00003, "3e-05"),
+        (16_777_216.0, "16777216.0"),  # 2^24: six digits do not read back
+        (math.inf, "Infinity"),
+        (-math.inf, "-Infinity"),
+        (math.nan, "NaN"),
+    ],
+)
+def test_a_float_is_printed_as_the_real_server_prints_it(value, text):
+    assert rapidjson.number(value, single=True) == text
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_a_printed_float_reads_back_as_the_same_float32(value):
+    text = rapidjson.number(value, single=True)
+    assert struct.pack("f", float(text)) == struct.pack("f", value)
+    assert "." in text or "e" in text
+    assert json.loads(text) == float(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1e21, "1e21"),
+        (1e20, "100000000000000000000.0"),
+        (1.5, "1.5"),
+        (1e-6, "0.000001"),
+        (1.25e-7, "1.25e-7"),
+    ],
+)
+def test_a_number_in_an_error_is_laid_out_by_rapidjsons_prettify(value, text):
+    assert rapidjson.text([value]) == f"[\n    {text}\n]"
+
+
+FOUND = {
+    "output_2": Tensor("DT_INT32", (2,), [4, 0]),
+    "output_1": Tensor("DT_FLOAT", (2,), [0.5, 0.25]),
+}
+
+
+def test_the_columnar_answer_has_one_list_an_output():
+    lines = [
+        "{",
+        '    "outputs": {', '        "output_1": [', "            0.5,", "            0.25", "        ],",
+        '        "output_2": [', "            4,", "            0", "        ]", "    }", "}",
+    ]  # fmt: skip
+    assert protocol.predict_body(FOUND, {"inputs": []}).decode() == "\n".join(lines)
+
+
+def test_the_row_answer_has_one_object_a_result():
+    body = protocol.predict_body(FOUND, {"instances": []})
+    assert json.loads(body) == {
+        "predictions": [{"output_1": 0.5, "output_2": 4}, {"output_1": 0.25, "output_2": 0}]
+    }
+    assert b'\n        {\n            "output_1": 0.5,\n            "output_2": 4\n        },\n' in body
+
+
+def test_a_single_output_has_no_name():
+    # the layout in the documentation's half_plus_two example
+    outputs = {"y": Tensor("DT_FLOAT", (3,), [2.5, 3.0, 4.5])}
+    assert protocol.predict_body(outputs, {"instances": []}) == (
+        b'{\n    "predictions": [2.5, 3.0, 4.5\n    ]\n}'
+    )
+    assert json.loads(protocol.predict_body(outputs, {})) == {"outputs": [2.5, 3.0, 4.5]}
+
+
+def test_matrices_and_strings_are_nested_and_escaped():
+    outputs = {
+        "document_ids": Tensor("DT_STRING", (2, 1), [b'a"\n\x1f', "é".encode()]),
+        "scores": Tensor("DT_FLOAT", (2, 1), [1.0, 2.0]),
+        "raw_bytes": Tensor("DT_STRING", (2, 1), [b"\xff", b""]),
+    }
+    for key in ("outputs", "predictions"):
+        body = protocol.predict_body(outputs, {"instances" if key == "predictions" else "inputs": []})
+        assert b'"a\\"\\n\\u001F"' in body
+        answer = json.loads(body)[key]
+        first = answer[0] if key == "predictions" else {name: column[0] for name, column in answer.items()}
+        assert first == {"document_ids": ['a"\n\x1f'], "scores": [1.0], "raw_bytes": [{"b64": "/w=="}]}
+
+
+def test_rows_without_a_common_first_dimension_are_refused():
+    uneven = FOUND | {"output_2": Tensor("DT_INT32", (1,), [4])}
+    with pytest.raises(RequestError, match="output_2 has inconsistent batch size: 1 expecting: 2"):
+        protocol.predict_body(uneven, {"instances": []})
+    with pytest.raises(RequestError, match=r"Tensor name: s has no shape information $"):
+        protocol.predict_body({"s": Tensor("DT_FLOAT", (), [1.0])}, {"instances": []})
+
+
+def test_the_status_lists_versions_as_strings():
+    body = protocol.status_body([VersionStatus(8, "END", "NOT_FOUND", "gone"), VersionStatus(7, "AVAILABLE")])
+    rows = json.loads(body)["model_version_status"]
+    assert rows[0] == {
+        "version": "8", "state": "END", "status": {"error_code": "NOT_FOUND", "error_message": "gone"}
+    }  # fmt: skip
+    assert (rows[1]["version"], rows[1]["status"]) == ("7", {"error_code": "OK", "error_message": ""})
+    assert body.startswith(b'{\n "model_version_status": [\n  {\n   "version": "8",\n')
+
+
+def test_the_metadata_show_sizes_as_strings_and_an_unknown_rank():
+    outputs = {"output_1": TensorInfo("StatefulPartitionedCall:0", "DT_FLOAT", None)}
+    signature = Signature(VECTOR, outputs, "tensorflow/serving/predict")
+    body = protocol.metadata_body("index", 7, {"serving_default": signature})
+    assert body.startswith(
+        b'{\n"model_spec":{\n "name": "index",\n "signature_name": "",\n "version": "7"\n}\n,\n'
+    )
+    shown = json.loads(body)["metadata"]["signature_def"]["signature_def"]["serving_default"]
+    assert shown == {
+        "inputs": {
+            "input_1": {
+                "dtype": "DT_FLOAT",
+                "tensor_shape": {"dim": [{"size": "-1", "name": ""}], "unknown_rank": False},
+                "name": "serving_default_input_1:0",
+            }
+        },
+        "outputs": {
+            "output_1": {
+                "dtype": "DT_FLOAT",
+                "tensor_shape": {"dim": [], "unknown_rank": True},
+                "name": "StatefulPartitionedCall:0",
+            }
+        },
+        "method_name": "tensorflow/serving/predict",
+    }
+
+
+def test_classify_and_regress_are_refused_as_there():
+    outputs = {name: TensorInfo(name, "DT_FLOAT", None) for name in ("output_1", "output_2")}
+    signatures = {"serving_default": Signature(VECTOR, outputs, "", debug="inputs {}")}
+    with pytest.raises(RequestError, match="key 'examples' is expected and was not found"):
+        protocol.refuse_examples("classify", {}, signatures)
+    with pytest.raises(RequestError, match=r"^No classification inputs found in SignatureDef: inputs "):
+        protocol.refuse_examples("classify", {"examples": [{}]}, signatures)
+    with pytest.raises(RequestError, match=r"^Expected one output Tensor\.$"):
+        protocol.refuse_examples("regress", {"examples": [{}]}, signatures)
