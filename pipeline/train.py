@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 POOL_SIZE = 1000  # documents that a dev pair's positive is looked for among, beside the positives
+WINDOW = 32  # batches whose rows are sorted by length together
 LOG_STEPS = 10  # steps between two points of the loss curve
 # Our names of similarities, and Sentence Transformers'.
 SIMILARITIES: dict[str, Any] = {
@@ -99,15 +101,15 @@ def fine_tune(
         first is the model before training, the last the one kept.
     """
     from datasets import Dataset
-    from sentence_transformers import SentenceTransformerTrainer
     from transformers import EarlyStoppingCallback
 
     table = _sample(pairs.read("pairs", ["anchor", "positive", "negative"]), config.max_pairs, config.seed)
+    columns = columns_for(config.loss, table)
     evaluators = evaluators_of(config, pairs)
-    trainer = SentenceTransformerTrainer(
+    trainer = _length_grouping_trainer(columns)(
         model=model,
-        args=_arguments(config, table, checkpoints, evaluates=evaluators is not None),
-        train_dataset=Dataset(columns_for(config.loss, table)),
+        args=_arguments(config, columns, checkpoints, evaluates=evaluators is not None),
+        train_dataset=Dataset(columns),
         loss=loss_of(config, model),
         evaluator=evaluators,
     )
@@ -217,10 +219,8 @@ def evaluators_of(config: TrainConfig, pairs: Pairs) -> Any | None:
         similarity_fn_names=[SIMILARITIES[config.main_similarity]],
         write_csv=False,
     )
-    return SequentialEvaluator(
-        [RetrievalEvaluator(dev, documents, config.batch_size), similarity],
-        main_score_function=lambda s: s[0],
-    )
+    retrieval: Any = RetrievalEvaluator(dev, documents, config.batch_size)
+    return SequentialEvaluator([retrieval, similarity], main_score_function=lambda scores: scores[0])
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
@@ -230,11 +230,53 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _arguments(config: TrainConfig, table: pa.Table, checkpoints: Path, evaluates: bool) -> Any:
+def length_grouped(columns: pa.Table) -> Callable[..., Any]:
+    """A batch sampler for the trainer: random batches of rows whose longest texts are of like length.
+
+    A batch is padded to its longest text, so mixed lengths are mostly padding. Rows are shuffled, sorted
+    inside windows of WINDOW batches, cut into batches, and the batches shuffled: by seed and epoch alone.
+    """
+    import torch
+    from sentence_transformers.base.sampler import DefaultBatchSampler
+
+    texts = [
+        column for name, column in zip(columns.column_names, columns.columns, strict=True) if name != "label"
+    ]
+    lengths = torch.from_numpy(np.max([pc.utf8_length(text).to_numpy() for text in texts], axis=0))
+
+    class LengthGroupedBatchSampler(DefaultBatchSampler):
+        def __iter__(self) -> Iterator[list[int]]:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            shuffled = torch.randperm(len(lengths), generator=generator)
+            batches = [
+                batch.tolist()
+                for window in shuffled.split(WINDOW * self.batch_size)
+                for batch in window[lengths[window].argsort(stable=True)].split(self.batch_size)
+            ]
+            for at in torch.randperm(len(batches), generator=generator).tolist():
+                yield batches[at]
+
+    return LengthGroupedBatchSampler
+
+
+def _length_grouping_trainer(columns: pa.Table) -> Callable[..., Any]:
+    """The library's trainer with `length_grouped` batches.
+
+    Given as an argument, the sampler would have to be pickled into every checkpoint.
+    """
+    from sentence_transformers import SentenceTransformerTrainer
+
+    class LengthGroupingTrainer(SentenceTransformerTrainer):
+        def get_batch_sampler(self, *given: Any, **named: Any) -> Any:
+            return length_grouped(columns)(*given, **named)
+
+    return LengthGroupingTrainer
+
+
+def _arguments(config: TrainConfig, columns: pa.Table, checkpoints: Path, evaluates: bool) -> Any:
     from sentence_transformers import SentenceTransformerTrainingArguments
 
-    n_examples = len(table) * (2 if config.loss == "contrastive" else 1)
-    n_steps = max(1, math.ceil(math.ceil(n_examples / config.batch_size) * config.epochs))
+    n_steps = max(1, math.ceil(math.ceil(len(columns) / config.batch_size) * config.epochs))
     every = max(1, math.ceil(n_steps / config.evaluations))
     on_cpu = config.device == "cpu" or (config.device == "auto" and not _has_cuda())
     bfloat16 = config.precision == "bfloat16" or (

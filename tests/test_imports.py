@@ -1,0 +1,101 @@
+"""Who may import whom: read from the source, and from what a fresh process really loads."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("serving/*.py")])
+STAGES = {"pairs", "train", "encode", "index", "evaluate", "publish"}
+ALLOWED = {  # framework -> modules that may import it
+    "apache_beam": {"pipeline.sessions", "pipeline.pairs"},
+    "torch": {"pipeline.train", "pipeline.encoder"},
+    "sentence_transformers": {"pipeline.train", "pipeline.encoder"},
+    "transformers": {"pipeline.train", "pipeline.encoder"},
+    "tensorflow": {"pipeline.index", "serving.searcher"},
+    "tensorflow_recommenders": {"pipeline.index"},
+    "scann": {"pipeline.index", "serving.searcher"},
+}
+GROUND = {"pipeline.errors", "pipeline.config", "pipeline.artifacts"}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, `from a import b` as both a and a.b; type checking left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_checking_only = _type_checking(tree)
+    nodes = [node for node in ast.walk(tree) if id(node) not in for_checking_only]
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _type_checking(tree: ast.Module) -> set[int]:
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    return {id(node) for block in blocks for node in ast.walk(block)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_frameworks_are_imported_only_where_they_belong(path):
+    for framework, allowed in ALLOWED.items():
+        users = {module for module in imports(path) if module.split(".")[0] == framework}
+        assert not users or name_of(path) in allowed, f"{name_of(path)} imports {users}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_stage_never_imports_another(path):
+    if path.stem in STAGES and path.parent.name == "pipeline":
+        others = {f"pipeline.{stage}" for stage in STAGES - {path.stem}}
+        assert not imports(path) & others
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_packages_are_apart(path):
+    foreign = {m for m in imports(path) if m.split(".")[0] in ("pipeline", "serving", "tests")}
+    if name_of(path).startswith("pipeline"):
+        assert all(m.startswith(("pipeline", "serving.client")) for m in foreign)
+    else:
+        shared = ("pipeline.artifacts", "pipeline.errors", "pipeline.encoder", "serving")
+        assert all(m == "pipeline" or m.startswith(shared) for m in foreign)
+
+
+@pytest.mark.parametrize("name", sorted(GROUND))
+def test_the_ground_floor_imports_no_stage(name):
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    assert {m for m in imports(path) if m.startswith("pipeline.") and m.count(".") == 1} <= GROUND
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module", ["pipeline.__main__", "serving.__main__", "serving.probe", "serving.client"]
+)
+def test_the_command_lines_load_no_framework(module):
+    assert not loaded_by(f"import {module}") & {*ALLOWED, "pandas", "matplotlib"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module", ["pipeline.train", "pipeline.encode", "pipeline.index", "pipeline.evaluate"]
+)
+def test_importing_a_stage_loads_neither_framework(module):
+    assert not loaded_by(f"import {module}") & {"torch", "tensorflow"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_every_file_says_in_its_first_line_what_it_owns(path):
+    assert path.read_text(encoding="utf-8").startswith('"""')

@@ -1,0 +1,205 @@
+"""Publication: the gate, the one rename, the encoder first, and what a kill leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import publish
+from pipeline.artifacts import Index, Model, Report, writing
+from pipeline.config import PublishConfig
+from pipeline.errors import ArtifactError, RefusedError
+
+CONFIG = PublishConfig(keep_versions=2)
+
+
+def figures(
+    recall: float = 0.97, tuned: tuple = (0.30, 0.32, 0.34), gain: tuple = (0.05, 0.09, 0.12)
+) -> dict:
+    """A report's figures: (low, mean, high) of the tuned model, and of its gain over the untuned."""
+    low, mean, high = tuned
+    return {
+        "description": "simulated readers",
+        "index": {"recall_at_10": recall, "n_queries": 100},
+        "retrieval": {
+            "n_pairs": 100,
+            "intervals": {"tuned_at_20": {"mean": mean, "low": low, "high": high}},
+            "tuned_minus_untuned_at_20": {"low": gain[0], "mean": gain[1], "high": gain[2]},
+        },
+        "examples": [{"query": "what one reader opened"}],
+        "map": {"points": []},
+    }
+
+
+def make(
+    work: Path, weights: str = "w", rows: str = "r", report: dict | None = None
+) -> tuple[Model, Index, Report]:
+    """The three artefacts that publication reads, with a few bytes for weights and rows."""
+    facts = {"base_model": "package:tiny", "trained": True, "dim": 2}
+    with writing(Model, work / "model", config={"w": weights}, inputs=[]) as draft:
+        (draft.folder / "model.safetensors").write_text(weights)
+        (draft.folder / "training.jsonl").write_text("{}")
+        draft.facts |= facts
+    model = Model.open(work / "model")
+    with writing(Index, work / "index", config={"target_recall": 0.95, "r": rows}, inputs=[model]) as draft:
+        (draft.folder / "saved_model.pb").write_text(rows)
+        (draft.folder / "variables").mkdir(exist_ok=True)
+        (draft.folder / "variables" / "variables.index").write_text(rows)
+        (draft.folder / "assets.extra").mkdir(exist_ok=True)
+        (draft.folder / "assets.extra" / "documents.parquet").write_text(rows)
+        (draft.folder / "found.parquet").write_text("answers")
+        draft.facts |= {"dim": 2, "layer": "scann", "settings": {"k": 10}}
+    index = Index.open(work / "index")
+    with writing(Report, work / "report", config={}, inputs=[index]) as draft:
+        (draft.folder / "report.json").write_text(json.dumps(report or figures()))
+    return model, index, Report.open(work / "report")
+
+
+def test_a_version_is_whole_and_names_its_encoder(tmp_path):
+    model, index, report = make(tmp_path)
+    version = publish.run(CONFIG, model, index, report, tmp_path)
+    assert sorted(str(p.relative_to(version)) for p in version.rglob("*") if p.is_file()) == [
+        "assets.extra/documents.parquet",
+        "assets.extra/manifest.json",
+        "assets.extra/publication.json",
+        "assets.extra/report.json",
+        "saved_model.pb",
+        "variables/variables.index",
+    ]
+    manifest = publish.manifest_of(version)
+    encoder = tmp_path / "encoders" / manifest["encoder_sha256"]
+    assert [p.name for p in encoder.iterdir()] == ["model.safetensors"]
+    assert (manifest["k"], manifest["dim"], manifest["description"]) == (10, 2, "simulated readers")
+    assert json.loads((version / "assets.extra" / "publication.json").read_text())["version"] == int(
+        version.name
+    )
+
+
+def test_a_version_number_is_utc_time_and_always_larger_than_the_last(tmp_path):
+    served = tmp_path / "models" / "index"
+    served.mkdir(parents=True)
+    assert 20260101000000 < publish.next_version(served) < 99991231235959
+    (served / "99999999999999").mkdir()
+    assert publish.next_version(served) == 100000000000000
+
+
+def test_single_readers_steps_are_not_published(tmp_path):
+    version = publish.run(CONFIG, *make(tmp_path), tmp_path)
+    published = json.loads((version / "assets.extra" / "report.json").read_text())
+    assert "examples" not in published
+    assert "map" not in published
+    assert published["index"]["recall_at_10"] == 0.97
+
+
+def test_the_same_index_is_not_published_twice(tmp_path):
+    made = make(tmp_path)
+    assert publish.run(CONFIG, *made, tmp_path) == publish.run(CONFIG, *made, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("new", "live", "message"),
+    [
+        (figures(recall=0.94), None, r"index\.recall_at_10 is 0\.9400, wanted index\.target_recall = 0\.95"),
+        (figures(gain=(-0.09, -0.05, -0.01)), None, "tuning made the model worse"),
+        (
+            figures(tuned=(0.20, 0.22, 0.24)),
+            figures(),
+            r"accuracy_at_20 is 0\.2200 .* the new model is worse",
+        ),
+    ],
+)
+def test_a_figure_that_falls_short_is_refused_by_name(new, live, message):
+    with pytest.raises(RefusedError, match=message):
+        publish.check(new, live, 0.95)
+
+
+def test_all_shortfalls_are_said_at_once():
+    with pytest.raises(RefusedError, match=r"recall_at_10.*; .*tuning made the model worse"):
+        publish.check(figures(recall=0.5, gain=(-0.09, -0.05, -0.01)), None, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("new", "live"),
+    [
+        (figures(recall=0.95), None),
+        (figures(gain=(-0.05, 0.0, 0.05)), None),
+        (figures(tuned=(0.28, 0.30, 0.32)), figures()),
+        (figures() | {"retrieval": {"n_pairs": 0, "tuned_minus_untuned_at_20": None}}, figures()),
+    ],
+)
+def test_a_version_that_is_not_clearly_worse_is_accepted(new, live):
+    publish.check(new, live, 0.95)
+
+
+def test_an_index_whose_recall_nobody_measured_is_refused():
+    unmeasured = figures() | {"index": {"recall_at_10": None, "n_queries": 0}}
+    with pytest.raises(RefusedError, match="was not measured"):
+        publish.check(unmeasured, None, 0.95)
+
+
+def test_a_refused_version_leaves_the_served_folder_as_it_was(tmp_path):
+    live = publish.run(CONFIG, *make(tmp_path), tmp_path)
+    with pytest.raises(RefusedError):
+        publish.run(CONFIG, *make(tmp_path, rows="worse", report=figures(recall=0.5)), tmp_path)
+    assert publish.versions(tmp_path / "models" / "index") == [live]
+    assert len(list((tmp_path / "encoders").iterdir())) == 1
+
+
+def test_old_versions_go_and_an_encoder_stays_while_a_kept_version_names_it(tmp_path):
+    for weights, rows in (("one", "a"), ("two", "b"), ("two", "c")):
+        publish.run(CONFIG, *make(tmp_path, weights, rows), tmp_path)
+    kept = publish.versions(tmp_path / "models" / "index")
+    assert [(version / "saved_model.pb").read_text() for version in kept] == ["b", "c"]
+    assert [(e / "model.safetensors").read_text() for e in (tmp_path / "encoders").iterdir()] == ["two"]
+
+
+def test_a_folder_that_something_else_wrote_is_not_touched(tmp_path):
+    foreign = tmp_path / "models" / "index" / "1"
+    foreign.mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="not published by this pipeline"):
+        publish.run(CONFIG, *make(tmp_path), tmp_path)
+    assert list(foreign.iterdir()) == []
+
+
+def test_what_a_killed_publication_left_is_cleared_away(tmp_path):
+    left = tmp_path / "models" / "index" / ".staging-20260101000000"
+    left.mkdir(parents=True)
+    (left / "saved_model.pb").write_text("half")
+    version = publish.run(CONFIG, *make(tmp_path), tmp_path)
+    assert [p.name for p in (tmp_path / "models" / "index").iterdir()] == [version.name]
+
+
+@pytest.mark.slow
+def test_whenever_it_is_killed_every_numbered_folder_is_whole(tmp_path):
+    make(tmp_path)
+    script = (
+        "import pathlib, sys\n"
+        "from pipeline import publish\n"
+        "from pipeline.artifacts import Index, Model, Report\n"
+        "from pipeline.config import PublishConfig\n"
+        "work = pathlib.Path(sys.argv[1])\n"
+        "parts = [a.open(work / a.kind) for a in (Model, Index, Report)]\n"
+        "print('ready', flush=True)\n"
+        "publish.run(PublishConfig(keep_versions=2), *parts, work)\n"
+    )
+    for delay in (0, 0.002, 0.005, 0.01, 0.02, 0.05):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        served = tmp_path / "models" / "index"
+        for version in publish.versions(served) if served.exists() else []:
+            manifest = publish.manifest_of(version)
+            for name in ("saved_model.pb", "variables/variables.index", "assets.extra/publication.json"):
+                assert (version / name).exists()
+            assert (tmp_path / "encoders" / manifest["encoder_sha256"] / "model.safetensors").exists()
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
+    assert len(publish.versions(tmp_path / "models" / "index")) == 1
