@@ -25,8 +25,7 @@ ARG REVISION=unknown
 LABEL org.opencontainers.image.title="highlights-pipeline" \
       org.opencontainers.image.description="Highlight logs in, a served and measured ScaNN index out" \
       org.opencontainers.image.version="0.1.0" \
-      org.opencontainers.image.revision="${REVISION}" \
-      org.opencontainers.image.licenses="Apache-2.0"
+      org.opencontainers.image.revision="${REVISION}"
 # A name for the uid: libraries that ask who runs them fail on a uid without one. A new volume mounted on
 # /data takes over its owner.
 RUN groupadd --gid 10001 pipeline \

@@ -66,7 +66,6 @@ def render(report: Mapping[str, Any]) -> str:
 def summary(report: Mapping[str, Any]) -> list[list[str]]:
     """The few quality figures for a closing table: rows of figure, value, 95 % interval, measured on."""
     index, retrieval = report["index"], report["retrieval"]
-    said = f" ({report['description']})" if report["description"] else ""
     rows = [
         [
             "index: recall@10",
@@ -77,7 +76,7 @@ def summary(report: Mapping[str, Any]) -> list[list[str]]:
     ]
     if retrieval["tuned"] is None:
         return [*rows, ["next document in the top 20", "absent", "", retrieval["reason"]]]
-    measured_on = f"{count(retrieval['n_pairs'])} held-out pairs{said}"
+    measured_on = f"{count(retrieval['n_pairs'])} held-out pairs"
     for name, words in SYSTEMS.items():
         values = retrieval[name]
         rows.append(

@@ -59,7 +59,7 @@ def tiny_model(tmp_path_factory) -> Path:
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     folder = tmp_path_factory.mktemp("tiny")
     words = sorted({word for words in TOPICS.values() for word in words.split()} | set(TOPICS))
@@ -72,7 +72,7 @@ def tiny_model(tmp_path_factory) -> Path:
         intermediate_size=64, max_position_embeddings=64,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizer.from_pretrained(folder).save_pretrained(folder)
     transformer = Transformer(str(folder))
     model = SentenceTransformer(modules=[transformer, Pooling(32, pooling_mode="mean"), Normalize()])
     saved = tmp_path_factory.mktemp("tiny_model")

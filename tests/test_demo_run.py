@@ -133,7 +133,7 @@ def test_the_tour_shows_what_the_readmes_curl_lines_show(done):
     found = [
         line.split()[2] for line in toured.stdout.splitlines() if line.strip().startswith(tuple("123456789"))
     ]
-    # ten of forty documents are about the sea; a model tuned on readers who stay in a topic finds mostly those
+    # ten of forty documents are about the sea, and the model was tuned on readers who stay in a topic
     assert sum(document_id.startswith("sea.") for document_id in found) >= 6
 
 
