@@ -65,6 +65,7 @@ def run(config: TrainConfig, pairs: Pairs, out: Path, dim: int) -> Model:
             "choose another model or set encode.dim"
         )
     model.similarity_fn_name = SIMILARITIES[config.main_similarity]
+    model.model_card_data.generate_widget_examples = False  # readers' texts in a model card: no
     trained = config.epochs > 0 and pairs.rows.get("pairs", 0) > 0
     with writing(Model, out, config=as_dict(config), inputs=[pairs], scratch=[CHECKPOINTS]) as draft:
         curve = fine_tune(model, config, pairs, draft.folder / CHECKPOINTS) if trained else []
@@ -102,6 +103,7 @@ def fine_tune(
     """
     from datasets import Dataset
     from transformers import EarlyStoppingCallback
+    from transformers.trainer_callback import ProgressCallback
 
     table = _sample(pairs.read("pairs", ["anchor", "positive", "negative"]), config.max_pairs, config.seed)
     columns = columns_for(config.loss, table)
@@ -113,7 +115,9 @@ def fine_tune(
         loss=loss_of(config, model),
         evaluator=evaluators,
     )
-    trainer.add_callback(_stop_at_nan())
+    trainer.remove_callback(ProgressCallback)
+    for callback in _progress(), _stop_at_nan():
+        trainer.add_callback(callback)
     if evaluators is not None:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
         before = {"step": 0, "epoch": 0.0, **_figures(evaluators(model))}
@@ -334,6 +338,20 @@ def _point(entry: dict[str, Any]) -> dict[str, float]:
 
 def _figures(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name in CURVE.values()}
+
+
+def _progress() -> Any:
+    from transformers.trainer_callback import ProgressCallback
+
+    class Progress(ProgressCallback):
+        """The trainer's bar with the last figures behind it, in place of a line of them each time."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            shown = {ours: f"{logs[theirs]:.3f}" for theirs, ours in CURVE.items() if theirs in (logs or {})}
+            if self.training_bar is not None and shown:
+                self.training_bar.set_description("train: " + ", ".join(map(" ".join, shown.items())))
+
+    return Progress()
 
 
 def _stop_at_nan() -> Any:

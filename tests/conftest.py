@@ -9,10 +9,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a model hub
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-# Words of a few topics: documents of one topic share words, and readers stay with a topic.
+# A document is one word of a topic: only what readers open together tells which belong together.
 TOPICS = {
     "sea": "wave tide harbour ship sail island reef salt storm anchor",
-    "bread": "flour oven dough yeast crust grain bakery knead loaf salt",
+    "bread": "flour oven dough yeast crust grain bakery knead loaf sugar",
     "stars": "planet orbit comet telescope moon galaxy light gravity dust night",
     "music": "violin chord rhythm song piano drum melody choir tune stage",
 }
@@ -34,8 +34,7 @@ def log(tmp_path_factory) -> Path:
     for topic, words in TOPICS.items():
         words = words.split()
         for n in range(10):
-            text = f"{topic} {words[n]} {words[(n + 1) % 10]} {words[(n + 3) % 10]}"
-            documents.append({"document_id": f"{topic}.{n}", "text": text, "pages": n})
+            documents.append({"document_id": f"{topic}.{n}", "text": f"{words[n]} notes", "pages": n})
     for reader in range(60):
         topic = list(TOPICS)[reader % 4]
         for session in range(3):
@@ -62,7 +61,7 @@ def tiny_model(tmp_path_factory) -> Path:
     from transformers import BertConfig, BertModel, BertTokenizer
 
     folder = tmp_path_factory.mktemp("tiny")
-    words = sorted({word for words in TOPICS.values() for word in words.split()} | set(TOPICS))
+    words = sorted({word for words in TOPICS.values() for word in words.split()} | {*TOPICS, "notes"})
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *"abcdefghijklmnopqrstuvwxyz0123456789"]
     pieces += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
     (folder / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
