@@ -234,13 +234,21 @@ def _open(stage: str, work: Path) -> Any:
 def _sample(command: argparse.Namespace, _: Sequence[str]) -> None:
     from pipeline import sample
 
-    sample.make(command.out, command.seed)
+    made = sample.make(command.out, command.seed)
+    print(
+        f"sample: {made['documents']:,} docstrings of {made['packages']:,} packages, "
+        f"{made['events']:,} events of {made['readers']:,} simulated readers: {command.out}"
+    )
 
 
 def _import(command: argparse.Namespace, _: Sequence[str]) -> None:
     from pipeline.importers import wikispeedia
 
-    wikispeedia.read(command.folder, command.out)
+    made = wikispeedia.read(command.folder, command.out)
+    print(
+        f"import: {made['events']:,} clicks of {made['readers']:,} readers in {made['games']:,} games, "
+        f"{made['documents']:,} articles, {made['rejects']:,} lines rejected: {command.out}"
+    )
 
 
 def _quiet() -> None:

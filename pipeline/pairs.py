@@ -35,15 +35,14 @@ from pipeline.artifacts import Draft, Pairs, sha256, writing
 from pipeline.config import DocumentsConfig, EventsConfig, PairsConfig, as_dict
 from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.sessions import (
-    COUNTS,
     CutBucket,
     Split,
     SumCounts,
-    add_counts,
     failure,
     raise_failure,
     read_parquet,
     stable_hashes,
+    with_rows,
     write_parquet,
 )
 
@@ -438,15 +437,11 @@ class MakeDocuments:
     out: str
 
     def __call__(self, keyed: tuple[int, Iterable[Any]]) -> dict[str, Any]:
-        bucket, values = keyed
-        if bucket == COUNTS:
-            return add_counts(values)
-        try:
-            rows = pl.concat([read_parquet(name) for name in sorted(values)])
-            made, left_out = documents_.make(rows, self.min_readers)
-            write_parquet(made, f"{self.out}/documents-{bucket:05d}.parquet")
-        except (PipelineError, OSError) as error:
-            return failure(error)
+        return with_rows(keyed, self._make)
+
+    def _make(self, bucket: int, rows: pl.DataFrame) -> dict[str, Any]:
+        made, left_out = documents_.make(rows, self.min_readers)
+        write_parquet(made, f"{self.out}/documents-{bucket:05d}.parquet")
         return {"documents": len(made), "left_out": len(left_out)}
 
 

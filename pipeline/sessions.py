@@ -9,7 +9,7 @@ A step that is tried again writes the same bytes under the same name, so retries
 
 import errno
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -89,19 +89,31 @@ class CutBucket:
     out: str
 
     def __call__(self, keyed: tuple[int, Iterable[Any]]) -> dict[str, Any]:
-        bucket, values = keyed
-        if bucket == COUNTS:
-            return add_counts(values)
-        try:
-            rows = pl.concat([read_parquet(name) for name in sorted(values)])
-            sessions, n_duplicates = cut(rows, self.gap_duration)
-            write_parquet(sessions, f"{self.out}/sessions-{bucket:05d}.parquet")
-        except (PipelineError, OSError) as error:
-            return failure(error)
-        lengths = sessions["document_ids"].list.len().value_counts()
-        n_in_sessions = int(sessions["document_ids"].list.len().sum() or 0)
-        counts = {"in_sessions": n_in_sessions, "duplicates": n_duplicates, "sessions": len(sessions)}
-        return counts | {f"length:{length}": n for length, n in lengths.iter_rows()}
+        return with_rows(keyed, self._cut)
+
+    def _cut(self, bucket: int, rows: pl.DataFrame) -> dict[str, Any]:
+        sessions, n_duplicates = cut(rows, self.gap_duration)
+        write_parquet(sessions, f"{self.out}/sessions-{bucket:05d}.parquet")
+        lengths = sessions["document_ids"].list.len()
+        counts = {
+            "in_sessions": int(lengths.sum() or 0),
+            "duplicates": n_duplicates,
+            "sessions": len(sessions),
+        }
+        return counts | {f"length:{length}": n for length, n in lengths.value_counts().iter_rows()}
+
+
+def with_rows(
+    keyed: tuple[int, Iterable[Any]], handle: Callable[[int, pl.DataFrame], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `handle` counts in a bucket's rows; the sum, where the key is COUNTS; or the failure."""
+    bucket, values = keyed
+    if bucket == COUNTS:
+        return add_counts(values)
+    try:
+        return handle(bucket, pl.concat([read_parquet(name) for name in sorted(values)]))
+    except (PipelineError, OSError) as error:
+        return failure(error)
 
 
 def cut(rows: pl.DataFrame, gap_duration: int) -> tuple[pl.DataFrame, int]:
