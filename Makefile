@@ -31,14 +31,19 @@ help:  ## this list
 	$(PIP) --no-deps --require-hashes -r requirements/dev.lock
 	@touch $@
 
+# The sample's settings are for the sample; with one's own logs the defaults hold.
 ifdef EVENTS
 demo: WORK = work/own
 demo: INPUT = --set 'events.paths=["$(EVENTS)"]' --set 'documents.paths=[$(if $(DOCUMENTS),"$(DOCUMENTS)")]' \
-    --set 'events.description='
+    --set 'events.description=""' --set documents.title= --set train.max_pairs= --set train.max_seq_length= \
+    --set index.exact_below=20000
+else
+demo: INPUT = --set 'events.paths=["$(WORK)/input/events.jsonl.gz"]' \
+    --set 'documents.paths=["$(WORK)/input/documents.parquet"]'
 endif
 
-demo: .venv/run  ## the whole pipeline on simulated readers of docstrings, then the server; EVENTS=FILE DOCUMENTS=FILE for your own logs
-	@$(if $(EVENTS),:,test -e $(WORK)/input/documents.parquet || $(RUN) -m pipeline sample --out $(WORK)/input)
+demo: .venv/run  ## the whole pipeline on docstrings and simulated readers, then the server; EVENTS=FILE DOCUMENTS=FILE: your logs
+	@$(if $(EVENTS),:,test -e $(WORK)/input/events.jsonl.gz || $(RUN) -m pipeline sample --out $(WORK)/input)
 	@$(RUN) -m pipeline all --config configs/demo.yaml --work $(WORK) $(INPUT)
 	@$(RUN) -m serving tour --model_base_path $(WORK)/models/index
 

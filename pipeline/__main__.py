@@ -24,7 +24,7 @@ from pipeline.artifacts import (
     key_of,
 )
 from pipeline.config import Config, as_dict
-from pipeline.errors import ConfigError, PipelineError, from_os_error
+from pipeline.errors import ConfigError, PipelineError, RefusedError, from_os_error
 
 EXAMPLES = """examples:
   python -m pipeline all --config configs/demo.yaml --work work/demo
@@ -33,7 +33,7 @@ EXAMPLES = """examples:
   python -m pipeline sample --out work/demo/input
   python -m pipeline import wikispeedia data/wikispeedia --out work/wikispeedia/input
 
-exit codes: 0 done, 1 a fault, 2 bad input or config, 3 refused by the publication gate
+exit codes: 0 done, 1 a fault, 2 bad input or config or a killed stage, 3 refused by the publication gate
 """
 STAGES = ("pairs", "train", "encode", "index", "evaluate", "publish")
 FOLDERS: dict[str, tuple[type[Artifact], str]] = {
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    except OSError as error:
+    except Exception as error:  # a full disk comes in many types
         readable = from_os_error(error)
         if readable is None:
             traceback.print_exc()
@@ -150,6 +150,8 @@ def _all(command: argparse.Namespace, beam_options: Sequence[str]) -> int:
             arguments += ["--force"] * command.force + list(beam_options) * (stage == "pairs")
             before = _made(stage, config, command.work)
             status, took = work_.run_process([sys.executable, "-m", "pipeline", *arguments], stage, lock)
+            if status == RefusedError.exit_code:  # the figures say why
+                print(work_.table(command.work, config.publish.folder, config.publish.model_name))
             if status:
                 return status
             if _made(stage, config, command.work) != before:  # it was not skipped
@@ -182,7 +184,7 @@ def run_stage(stage: str, config: Config, work: Path, force: bool, beam_options:
         publish.run(config.publish, model, index, report, folder)
         return
     artifact, name = FOLDERS[stage]
-    settings, inputs, run = _plan(stage, config, work)
+    settings, inputs, run = _plan(stage, config, work, beam_options)
     if not force and is_complete(artifact, work / name, key_of(artifact, settings, inputs)):
         print(f"{stage}: complete", file=sys.stderr)
         return
@@ -192,24 +194,28 @@ def run_stage(stage: str, config: Config, work: Path, force: bool, beam_options:
         run(out=work / name)
 
 
-def _plan(stage: str, config: Config, work: Path) -> tuple[dict[str, Any], list, Callable]:
+def _plan(
+    stage: str, config: Config, work: Path, beam_options: Sequence[str]
+) -> tuple[dict[str, Any], list, Callable]:
     """What decides a stage's result (settings and inputs), and the call that makes it."""
     # Each import is of one stage alone: PyTorch and TensorFlow never meet in a process.
     if stage == "pairs":
         from pipeline import pairs
 
         settings = pairs.settings_of(config.pairs, config.events, config.documents)
+        pairs.parse_options(beam_options)  # a misspelt option is said even where all is complete
         given = (config.pairs, config.events, config.documents)
         return settings, pairs.inputs_of(config.events, config.documents), _bind(pairs.run, *given)
     if stage == "train":
         from pipeline import train
 
-        inputs: list[Any] = [_open("pairs", work)]
-        return as_dict(config.train), inputs, _bind(train.run, config.train, *inputs, dim=config.encode.dim)
+        made = _open("pairs", work)
+        run = _bind(train.run, config.train, made, dim=config.encode.dim)
+        return as_dict(config.train), train.inputs_of(config.train, made), run
     if stage == "encode":
         from pipeline import encode
 
-        inputs = [_open("train", work), _open("pairs", work)]
+        inputs: list[Any] = [_open("train", work), _open("pairs", work)]
         return as_dict(config.encode), inputs, _bind(encode.run, config.encode, *inputs)
     if stage == "index":
         from pipeline import index

@@ -6,6 +6,7 @@ inputs, so a killed stage finds its own half-done work again and nobody else's. 
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, BusyError
 
 MANIFEST = "manifest.json"
 LIBRARIES = (
@@ -192,6 +193,41 @@ class Report(Artifact):
         return json.loads((self.path / "report.json").read_text(encoding="utf-8"))
 
 
+def belong_together(made: Artifact, *inputs: Artifact) -> None:
+    """Check that `made` was made from these very inputs.
+
+    Raises:
+        ArtifactError: from others; running its stage again makes it belong.
+    """
+    digests = {given["digest"] for given in made.manifest["inputs"]}
+    for given in inputs:
+        if given.digest not in digests:
+            raise ArtifactError(
+                f"{made.path} was made from another {given.path}: run stage {made.stage} again"
+            )
+
+
+@contextmanager
+def locked(folder: Path, name: str) -> Iterator[int]:
+    """Hold `folder` for one process; yields the file descriptor that holds it.
+
+    The lock is the kernel's: it ends with the last process that holds it, however that ends.
+
+    Raises:
+        BusyError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(f"{folder}: another run is at work in it; wait for it to end") from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 @dataclasses.dataclass
 class Draft:
     """An artefact being written: put files into `folder`, counts into `rows`, findings into `facts`."""
@@ -235,6 +271,8 @@ def writing(
     """
     out = Path(out)
     _finish_swap(out)
+    if out.exists() and not (out / MANIFEST).exists():
+        raise ArtifactError(f"{out} is there and no {artifact.kind} of ours: move it, or give another --work")
     key = key_of(artifact, config, inputs)
     folder = out.parent / f".{out.name}.partial-{key[:16]}"
     for stale in out.parent.glob(f".{out.name}.partial-*"):

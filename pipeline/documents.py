@@ -45,6 +45,9 @@ def read(
                 f"{path}: no column {name!r}; it has: {', '.join(rows.columns) or 'none'}; "
                 "set documents.document_id, documents.text, documents.title to this file's names"
             )
+    for name in (document_id, *text, *([title] if title else [])):
+        if rows.schema[name].is_nested():
+            raise InputError(f"{path}: column {name!r} holds lists or objects, wanted text")
     parts = [pl.col(name).cast(pl.String).fill_null("").str.strip_chars() for name in text]
     filled = pl.concat_list(parts).list.eval(pl.element().filter(pl.element() != ""))
     joined = filled.list.join(separator)

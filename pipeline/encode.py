@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -226,6 +227,8 @@ def _encode_to(
     done = _progress(file, shape)
     mode = "r+" if done else "w+"
     matrix = np.lib.format.open_memmap(file, mode, np.float32, shape)
+    with file.open("r+b") as opened:  # a memory map that outgrows the disk ends the process with SIGBUS
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     if done:
         print(f"encode: {name}: {done:,} of {len(texts):,} are there already", file=sys.stderr)
     fill(matrix, texts, encode, name, done)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.artifacts import file_hashes
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,6 +118,7 @@ def load(
     """
     import torch
     import transformers
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     transformers.logging.disable_progress_bar()
@@ -127,7 +131,7 @@ def load(
             model = SentenceTransformer(str(folder), device=on)
         else:
             model = SentenceTransformer(modules=_modules(folder), device=on)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name}: not a model that loads: {reason}") from error
     _append_normalize(model)
@@ -165,6 +169,17 @@ def locate(name: str, revision: str | None = None) -> Path:
             f"{name}: the model hub gave no such model ({reason}); check the name and the network, "
             "or give a folder or package:NAME"
         ) from None
+
+
+def digest(name: str, revision: str | None = None) -> str:
+    """Tells one model's files from another's; of a hub name only its name and revision are known.
+
+    Raises:
+        InputError: as `locate`.
+    """
+    is_local = name.startswith((PACKAGE, ".", "/", "~")) or Path(name).is_dir()
+    content = sorted(file_hashes(locate(name)).items()) if is_local else [name, revision]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _in_package(name: str) -> Path:

@@ -10,6 +10,7 @@ PipelineError            1  a fault on our side of the contract
 
 import errno
 import os
+import shutil
 
 
 class PipelineError(Exception):
@@ -38,13 +39,30 @@ class RefusedError(PipelineError):
     exit_code = 3
 
 
-def from_os_error(error: OSError) -> PipelineError | None:
+FULL_DISK = ("No space left", "os error 28", "Disk quota exceeded", "file write failed")
+MISTAKEN_PATHS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a library's error is the disk's: safetensors, PyTorch and shutil keep no errno."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(sign in str(error) for sign in FULL_DISK)
+
+
+def from_os_error(error: BaseException) -> PipelineError | None:
     """One line for the operating system's refusals that a person can mend, else None."""
-    where = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full_disk(error):
+        where = getattr(error, "filename", None)
         return InputError(
-            f"{where}the disk is full; make room and run the same command again: what is complete is kept"
+            f"{where + ': ' if isinstance(where, str) else ''}the disk is full; make room and run the same "
+            "command again: what is complete is kept"
         )
+    if not isinstance(error, OSError) or isinstance(error, shutil.Error):
+        return None
+    where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError(f"{where}{os.strerror(error.errno)}; give this user write access")
+    if error.errno in MISTAKEN_PATHS:
+        return InputError(f"{where}{os.strerror(error.errno)}; check the path")
     return None

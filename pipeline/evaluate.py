@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.accuracy import Scores, absent, accuracies, dot_scores, place_all, retrieval_figures
-from pipeline.artifacts import Embeddings, Index, Model, Pairs, Report, write_json, writing
+from pipeline.artifacts import Embeddings, Index, Model, Pairs, Report, belong_together, write_json, writing
 from pipeline.bm25 import bm25_scores
 from pipeline.config import EvaluateConfig, as_dict
 from pipeline.errors import ArtifactError
@@ -40,6 +40,8 @@ def run(
         ConfigError: the index was built to answer fewer than ten documents.
     """
     inputs = [pairs, model, embeddings, index]
+    belong_together(index, embeddings)
+    belong_together(embeddings, model, pairs)
     with writing(Report, out, config=as_dict(config), inputs=inputs) as draft:
         figures = measure(config, pairs, model, embeddings, index)
         write_json(draft.folder / "report.json", figures)
@@ -58,7 +60,7 @@ def measure(
     figures: dict[str, Any] = {
         "description": pairs.facts.get("description") or "",
         "index": index_figures(config, index, queries, embeddings.matrix(), load(embeddings, "queries.npy")),
-        "retrieval": absent(has_log=pairs.facts.get("test_start") is not None),
+        "retrieval": absent(has_log=bool(pairs.facts["events"])),
         "latency_ms": index.facts.get("latency_ms"),
         "examples": [],
         "map": None,

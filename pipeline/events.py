@@ -86,7 +86,7 @@ def read(
         for rows, bad in readers[kind](file, path, columns, block_size):
             events, rejected = check(rows, path)
             yield events, pl.concat([pl.DataFrame(bad, REJECTS).with_columns(file=pl.lit(path)), rejected])
-    except (EOFError, OSError, pa.ArrowInvalid, ValueError) as error:
+    except (EOFError, OSError, pa.ArrowInvalid, ValueError, pl.exceptions.PolarsError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk or the rights, not the file's content
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -322,7 +322,11 @@ def _parse_csv(block: bytes, first_line: int, header: list[str]) -> tuple[pl.Dat
     good: list[dict] = []
     bad: list[dict] = []
     for number, raw, reason in _csv_records(block, first_line):
-        fields = next(csv.reader(io.StringIO(raw, newline="")), []) if not reason else []
+        fields: list[str] = []
+        try:
+            fields = next(csv.reader(io.StringIO(raw, newline="")), []) if not reason else []
+        except csv.Error:
+            reason = "field_too_long"  # the only thing that the lenient reader refuses
         if not reason and len(fields) > len(header):
             reason = "too_many_columns"
         if reason:

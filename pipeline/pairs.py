@@ -57,7 +57,7 @@ def inputs_of(events: EventsConfig, documents: DocumentsConfig) -> list[dict[str
     """The given files as {path, digest}, for the manifest and for telling whether anything changed.
 
     Raises:
-        InputError: a path or glob matches no file.
+        InputError: a path or glob matches no file, or a folder.
     """
     return [
         {"path": path, "digest": _digest(path)}
@@ -90,7 +90,7 @@ def run(
         InputError: a file cannot be used, too many rows are rejected, or no session has two documents.
         ConfigError: an option that Beam does not know.
     """
-    options = _options(beam_options)
+    options = parse_options(beam_options)
     inputs = inputs_of(events, documents)
     settings = settings_of(config, events, documents)
     with writing(Pairs, out, config=settings, inputs=inputs) as draft:
@@ -162,14 +162,15 @@ class Job:
         made = f"{self.buckets}/made"
         _make_folder(made)
         self._split_and_group("document_id", None, MakeDocuments(self.documents.min_readers, made))
-        parts = [read_parquet(path) for path in _match([f"{made}/documents-*"], "made documents")]
-        table = documents_.unique([("events", pl.concat(parts))]) if parts else pl.DataFrame()
+        parts = [read_parquet(path) for path in _match([f"{made}/documents-*"], None)]
+        table = pl.concat(parts) if parts else pl.DataFrame()
         if table.is_empty():
             raise InputError(
-                f"no document has highlighted text from documents.min_readers = {self.documents.min_readers} "
-                "readers; give a documents file, or check events.text"
+                f"{', '.join(self.events.paths)}: no document has highlighted text from "
+                f"documents.min_readers = {self.documents.min_readers} readers; give a "
+                "documents file, or check events.text"
             )
-        return table
+        return table.sort("document_id")
 
     def write_sessions(self) -> None:
         """Events to sessions-*.parquet and rejects-*.parquet; conservation is checked."""
@@ -182,7 +183,8 @@ class Job:
         self._write_rejects()
         if not read:
             raise InputError(f"{', '.join(self.events.paths)}: no events in it")
-        if rejected > self.events.max_rejected_share * read:
+        # What too few readers highlighted is left out on purpose, not for a fault of the log.
+        if rejected - reasons.get("too_few_readers", 0) > self.events.max_rejected_share * read:
             raise InputError(
                 f"{rejected:,} of {read:,} events were rejected "
                 f"({', '.join(f'{reason} {n:,}' for reason, n in reasons.items())}), more than "
@@ -194,6 +196,8 @@ class Job:
                 f"{read} events were read, but {in_sessions} are in sessions, {duplicates} are duplicates "
                 f"and {rejected} rejected: the counts do not add up, so nothing is kept"
             )
+        if not in_sessions:
+            raise InputError(f"{', '.join(self.events.paths)}: no event can be used: {self._first_reject()}")
         self.draft.rows |= {"events": read, "sessions": counts["sessions"], "rejects": rejected}
         self.draft.facts |= {
             "events": {
@@ -536,7 +540,12 @@ class Options:
     runner: str
 
 
-def _options(flags: Sequence[str]) -> Options:
+def parse_options(flags: Sequence[str]) -> Options:
+    """Beam's options out of a command line.
+
+    Raises:
+        ConfigError: Beam knows no such option or runner.
+    """
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     known: Any = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for owner in PipelineOptions.__subclasses__():
@@ -566,6 +575,11 @@ def _match(patterns: Iterable[str], setting: str | None) -> list[str]:
         paths = sorted(metadata.path for metadata in match.metadata_list)
         if not paths and setting is not None:
             raise InputError(f"{setting}: {pattern}: no such file")
+        folders = [path for path in paths if "://" not in path and Path(path).is_dir()]
+        if folders:
+            raise InputError(
+                f"{setting}: {folders[0]} is a folder; give its files, as in {folders[0]}/*.jsonl.gz"
+            )
         found += paths
     return found
 

@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Index, Model, Report, file_hashes, fsync, write_json
+from pipeline.artifacts import Index, Model, Report, belong_together, file_hashes, fsync, locked, write_json
 from pipeline.config import PublishConfig
 from pipeline.errors import ArtifactError, RefusedError
 
+LOCK = ".publish.lock"  # several work folders may publish into one place
 STAGING = ".staging-"  # no whole number, so TF Serving does not look at it
 MANIFEST, REPORT, PUBLICATION = "manifest.json", "report.json", "publication.json"
 ENCODER_LEFT_OUT = {"manifest.json", "training.jsonl"}
@@ -37,10 +38,18 @@ def run(config: PublishConfig, model: Model, index: Index, report: Report, folde
         The version's folder; the standing one where it already holds this index and model.
 
     Raises:
+        ArtifactError: the report is of another index or model.
+        BusyError: another publication into this folder is under way.
         RefusedError: the index's recall is below its target, or the model is worse than the one it
             was tuned from or the one it would replace.
     """
-    served = Path(folder) / "models" / config.model_name
+    belong_together(report, model, index)
+    with locked(Path(folder), LOCK):
+        return _publish(config, model, index, report, Path(folder))
+
+
+def _publish(config: PublishConfig, model: Model, index: Index, report: Report, folder: Path) -> Path:
+    served = folder / "models" / config.model_name
     served.mkdir(parents=True, exist_ok=True)
     _remove_staging(served)
     live = newest(served)
@@ -49,9 +58,9 @@ def run(config: PublishConfig, model: Model, index: Index, report: Report, folde
         return live
     served_report = json.loads((live / "assets.extra" / REPORT).read_text(encoding="utf-8")) if live else None
     check(report.figures(), served_report, index.manifest["config"]["target_recall"])
-    copy_encoder(model, Path(folder) / "encoders")
+    copy_encoder(model, folder / "encoders")
     version = place(model, index, report, served, config.model_name)
-    retire(served, Path(folder) / "encoders", config.keep_versions)
+    retire(served, folder / "encoders", config.keep_versions)
     return version
 
 
@@ -90,6 +99,11 @@ def _shortfalls(figures: dict[str, Any], live: dict[str, Any] | None, target_rec
             f"{against_untuned['low']:.4f} to {against_untuned['high']:.4f}): tuning made the model worse"
         )
     new, old = _at_20(figures), _at_20(live or {})
+    if old and not new:
+        yield (
+            "retrieval.tuned.accuracy_at_20 was not measured, and the served version's was "
+            f"{old['mean']:.4f}: give an event log with later sessions"
+        )
     if new and old and new["high"] < old["low"]:
         yield (
             f"retrieval.tuned.accuracy_at_20 is {new['mean']:.4f} (at most {new['high']:.4f}), the served "
@@ -211,6 +225,7 @@ def retire(served: Path, encoders: Path, keep_versions: int) -> None:
         for model in served.parent.iterdir()
         if model.is_dir()
         for version in versions(model)
+        if (version / "assets.extra" / MANIFEST).exists()  # another model's versions may be foreign
     }
     for encoder in encoders.iterdir():
         if encoder.is_dir() and encoder.name not in named and not encoder.name.startswith(STAGING):

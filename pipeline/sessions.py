@@ -222,8 +222,12 @@ def read_parquet(path: str, columns: list[str] | None = None) -> pl.DataFrame:
 def write_parquet(rows: pl.DataFrame, path: str) -> None:
     """Write under another name and rename, so that nobody reads half a file."""
     temporary = f"{path}.part"
-    with FileSystems.create(temporary, mime_type="application/octet-stream") as file:
-        _write(rows, file)
+    try:
+        with FileSystems.create(temporary, mime_type="application/octet-stream") as file:
+            _write(rows, file)
+    except OSError:
+        FileSystems.delete([temporary])  # its room may be what is needed to say so
+        raise
     if FileSystems.exists(path):
         FileSystems.delete([path])
     FileSystems.rename([temporary], [path])

@@ -41,6 +41,16 @@ RETRIEVAL = "accuracy_at_20"
 CURVE = {"loss": "loss", "eval_accuracy_at_20": RETRIEVAL, "eval_spearman_dot": "spearman_dot"}
 
 
+def inputs_of(config: TrainConfig, pairs: Pairs) -> list[Any]:
+    """The pairs, and the weights that are tuned: other weights under the same name are another input.
+
+    Raises:
+        InputError: no such model.
+    """
+    weights = {"path": config.model, "digest": encoder.digest(config.model, config.revision)}
+    return [pairs, weights]
+
+
 def run(config: TrainConfig, pairs: Pairs, out: Path, dim: int) -> Model:
     """Fine-tune, or without pairs (or with `epochs` 0) keep the weights as they are.
 
@@ -66,8 +76,9 @@ def run(config: TrainConfig, pairs: Pairs, out: Path, dim: int) -> Model:
         )
     model.similarity_fn_name = SIMILARITIES[config.main_similarity]
     model.model_card_data.generate_widget_examples = False  # readers' texts in a model card: no
+    inputs = inputs_of(config, pairs)
     trained = config.epochs > 0 and pairs.rows.get("pairs", 0) > 0
-    with writing(Model, out, config=as_dict(config), inputs=[pairs], scratch=[CHECKPOINTS]) as draft:
+    with writing(Model, out, config=as_dict(config), inputs=inputs, scratch=[CHECKPOINTS]) as draft:
         curve = fine_tune(model, config, pairs, draft.folder / CHECKPOINTS) if trained else []
         model.save_pretrained(str(draft.folder), create_model_card=False)
         lines = "".join(json.dumps(point) + "\n" for point in curve)

@@ -1,6 +1,5 @@
 """A work folder: one run at a time in it, each stage a process whose time and memory are measured."""
 
-import fcntl
 import json
 import os
 import signal
@@ -16,8 +15,8 @@ from typing import Any
 
 import psutil
 
+from pipeline import artifacts
 from pipeline.artifacts import write_json
-from pipeline.errors import BusyError, from_os_error
 
 RUN = "run.json"  # {stage: {seconds, peak_rss_anon, peak_rss}} of the last time each stage ran
 LOCK = ".lock"
@@ -30,8 +29,6 @@ GIBIBYTE = 1024**3
 def locked(work: Path) -> Iterator[int]:
     """Hold the work folder; a stage started by `all` holds its parent's lock.
 
-    The lock is the kernel's: it ends with the last process that holds it, however that ends.
-
     Raises:
         BusyError: another run holds it.
     """
@@ -39,29 +36,15 @@ def locked(work: Path) -> Iterator[int]:
     if inherited:
         yield int(inherited)
         return
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise from_os_error(error) or error from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise BusyError(
-            f"{work}: another run is at work in it; wait for it to end, or give another --work"
-        ) from None
-    try:
+    with artifacts.locked(work, LOCK) as descriptor:
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def run_process(command: Sequence[str], stage: str, lock: int) -> tuple[int, dict[str, float]]:
     """Run one stage as its own process.
 
     Returns:
-        Its exit code (1 where a signal ended it, which is said), and what it took: seconds,
+        Its exit code (2 where a signal ended it, which is said), and what it took: seconds,
         peak_rss_anon and peak_rss in bytes.
     """
     started = time.monotonic()
@@ -76,7 +59,7 @@ def run_process(command: Sequence[str], stage: str, lock: int) -> tuple[int, dic
             "run the same command again to go on",
             file=sys.stderr,
         )
-        status = 1
+        status = 2
     seconds = round(time.monotonic() - started, 1)
     return status, {"seconds": seconds, "peak_rss_anon": peak.rss_anon, "peak_rss": peak.rss}
 

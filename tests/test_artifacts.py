@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import Index, Pairs, is_complete, key_of, writing
+from pipeline.artifacts import Index, Pairs, belong_together, is_complete, key_of, writing
 from pipeline.errors import ArtifactError
 
 GIVEN = {"path": "log.csv", "digest": "1"}
@@ -117,3 +117,21 @@ def test_a_process_killed_while_writing_leaves_nothing_that_opens(tmp_path):
     process.stdout.close()
     with pytest.raises(ArtifactError, match="run stage pairs first"):
         Pairs.open(tmp_path / "pairs")
+
+
+def test_a_folder_of_somebody_elses_is_not_replaced(tmp_path):
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match="is there and no pairs of ours: move it"):
+        write(tmp_path / "pairs", "x")
+    assert (tmp_path / "pairs" / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_was_made_from_other_inputs_does_not_belong(tmp_path):
+    one, other = write(tmp_path / "one", "x"), write(tmp_path / "other", "y")
+    with writing(Index, tmp_path / "index", config={}, inputs=[one]):
+        pass
+    index = Index.open(tmp_path / "index")
+    belong_together(index, one)
+    with pytest.raises(ArtifactError, match=r"was made from another .*other: run stage index again"):
+        belong_together(index, other)

@@ -1,6 +1,9 @@
 """Settings: what is refused, with which words, and how paths and overrides are read."""
 
+import shlex
+import subprocess
 from dataclasses import FrozenInstanceError
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,8 @@ def load(tmp_path: Path, text: str, *overrides: str) -> config.Config:
             r"train\.main_similarity is cosine, but index\.distance_measure is dot_product",
         ),
         ("index: {k: [", "not YAML"),
+        ("train: {1: 2}", "train is {1: 2}; wanted settings below it"),
+        ("pairs: {seed: -1}", r"pairs\.seed is -1; input should be greater than or equal to 0"),
         ("- index", "not YAML|wanted sections"),
     ],
 )
@@ -103,3 +108,21 @@ def test_a_section_goes_into_a_manifest_as_plain_values():
     assert config.as_dict(config.PublishConfig()) == {
         "model_name": "index", "keep_versions": 3, "folder": None,
     }  # fmt: skip
+
+
+def test_a_number_may_be_written_without_a_point(tmp_path):
+    assert load(tmp_path, "train: {learning_rate: 2e-5}").train.learning_rate == 2e-5
+    assert load(tmp_path, "", "train.learning_rate=3E-5").train.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize("documents", ["", "DOCUMENTS=documents.csv"])
+def test_the_makefiles_overrides_for_ones_own_logs_are_settings(documents):
+    root = Path(__file__).parents[1]
+    command = ["make", "--no-print-directory", "-n", "demo", "EVENTS=events.csv", *documents.split()]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
+    words = shlex.split(next(line for line in said.splitlines() if "pipeline all" in line))
+    overrides = [value for option, value in pairwise(words) if option == "--set"]
+    loaded = config.load(root / "configs" / "demo.yaml", overrides)
+    assert [Path(path).name for path in loaded.events.paths] == ["events.csv"]
+    assert [Path(path).name for path in loaded.documents.paths] == (["documents.csv"] if documents else [])
+    assert (loaded.events.description, loaded.documents.title, loaded.train.max_pairs) == ("", None, None)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import publish
-from pipeline.artifacts import Index, Model, Report, writing
+from pipeline.artifacts import Index, Model, Report, locked, writing
 from pipeline.config import PublishConfig
-from pipeline.errors import ArtifactError, RefusedError
+from pipeline.errors import ArtifactError, BusyError, RefusedError
 
 CONFIG = PublishConfig(keep_versions=2)
 
@@ -55,7 +55,7 @@ def make(
         (draft.folder / "found.parquet").write_text("answers")
         draft.facts |= {"dim": 2, "layer": "scann", "settings": {"k": 10}}
     index = Index.open(work / "index")
-    with writing(Report, work / "report", config={}, inputs=[index]) as draft:
+    with writing(Report, work / "report", config={}, inputs=[model, index]) as draft:
         (draft.folder / "report.json").write_text(json.dumps(report or figures()))
     return model, index, Report.open(work / "report")
 
@@ -129,11 +129,24 @@ def test_all_shortfalls_are_said_at_once():
         (figures(recall=0.95), None),
         (figures(gain=(-0.05, 0.0, 0.05)), None),
         (figures(tuned=(0.28, 0.30, 0.32)), figures()),
-        (figures() | {"retrieval": {"n_pairs": 0, "tuned_minus_untuned_at_20": None}}, figures()),
+        (figures() | {"retrieval": {"n_pairs": 0, "tuned_minus_untuned_at_20": None}}, None),
     ],
 )
 def test_a_version_that_is_not_clearly_worse_is_accepted(new, live):
     publish.check(new, live, 0.95)
+
+
+def test_a_report_of_another_index_opens_no_gate(tmp_path):
+    model, _, report = make(tmp_path / "one")
+    _, other, _ = make(tmp_path / "other", rows="other")
+    with pytest.raises(ArtifactError, match=r"was made from another .*index: run stage evaluate again"):
+        publish.run(CONFIG, model, other, report, tmp_path)
+
+
+def test_two_publications_into_one_folder_take_turns(tmp_path):
+    made = make(tmp_path)
+    with locked(tmp_path, publish.LOCK), pytest.raises(BusyError, match="another run is at work"):
+        publish.run(CONFIG, *made, tmp_path)
 
 
 def test_an_index_whose_recall_nobody_measured_is_refused():

@@ -68,7 +68,7 @@ def test_a_stage_ended_by_a_signal_is_a_fault_that_is_said(tmp_path, capfd):
         status, _ = work_.run_process(
             [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], "encode", lock
         )
-    assert status == 1
+    assert status == 2
     assert (
         "stage encode was ended by SIGKILL (out of memory?); run the same command again"
         in capfd.readouterr().err
