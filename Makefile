@@ -36,7 +36,7 @@ ifdef EVENTS
 demo: WORK = work/own
 demo: INPUT = --set 'events.paths=["$(EVENTS)"]' --set 'documents.paths=[$(if $(DOCUMENTS),"$(DOCUMENTS)")]' \
     --set 'events.description=""' --set documents.title= --set train.max_pairs= --set train.max_seq_length= \
-    --set index.exact_below=20000
+    --set train.learning_rate=5e-5 --set train.n_dev_pairs=500 --set train.evaluations=4 --set index.exact_below=20000
 else
 demo: INPUT = --set 'events.paths=["$(WORK)/input/events.jsonl.gz"]' \
     --set 'documents.paths=["$(WORK)/input/documents.parquet"]'

@@ -7,6 +7,7 @@ FOLDER/encoders/<sha256>/, named by `encoder_sha256` in the version's assets.ext
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from serving.client import Client, Found
 from serving.errors import ServingError
 
 ASSETS = "assets.extra"
+TITLE_WIDTH = 72  # of a table that fits a terminal
 
 
 class PublishedVersion:
@@ -139,6 +141,6 @@ def _table(found: Found, documents: list[dict[str, Any]]) -> str:
 
 
 def title(document: dict[str, Any]) -> str:
-    """A document's title on one line, or its text's first line."""
+    """A document's title on one line, or its text's first line; the end of a long one is left out."""
     shown = document.get("title") or str(document.get("text") or "").strip().partition("\n")[0]
-    return " ".join(str(shown).split())
+    return shorten(" ".join(str(shown).split()), TITLE_WIDTH, placeholder=" …")
