@@ -110,7 +110,7 @@ class EncodeConfig:
 class IndexConfig:
     """How the ScaNN index is built; the names are those of the tfrs ScaNN layer."""
 
-    k: Annotated[int, Field(ge=10)] = 10  # results of a request; recall@10 must be measurable
+    k: Positive = 10  # results of a request
     distance_measure: Literal["dot_product"] = "dot_product"
     num_leaves: Positive | Auto = "auto"  # about sqrt(rows); ScaNN docs/algorithms.md
     num_leaves_to_search: Positive | Auto = "auto"  # auto: the fewest that meet target_recall on dev queries
@@ -174,6 +174,8 @@ class Config:
                 f"{self.index.distance_measure}: the model would be judged by another order than the one "
                 f"that is served; set train.main_similarity to {self.index.distance_measure}"
             )
+        if self.index.k < 10:
+            raise ValueError(f"index.k is {self.index.k}, but recall@10 is measured; choose 10 or more")
         if not self.events.paths and not self.documents.paths:
             raise ValueError("events.paths and documents.paths are both empty; name the one or the other")
         if not self.documents.paths and self.events.text is None:

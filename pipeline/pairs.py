@@ -546,7 +546,8 @@ def parse_options(flags: Sequence[str]) -> Options:
     Raises:
         ConfigError: Beam knows no such option or runner.
     """
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    # What goes wrong reaches the driver as a count or an exception; Beam would print it first.
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     known: Any = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for owner in PipelineOptions.__subclasses__():
         owner._add_argparse_args(known)

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifacts import Embeddings, Index, Model, Pairs, Report, writing
+from pipeline import evaluate
+from pipeline.artifacts import Artifact, Embeddings, Index, Model, Pairs, Report, writing
 from pipeline.config import EvaluateConfig
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.evaluate import run
 
 CONFIG = EvaluateConfig(n_draws=200)
 WORDS = ["red fox", "red hen", "blue fox", "green owl", *(f"other{i}" for i in range(8))]
@@ -138,6 +138,21 @@ def make_index(path: Path, k=10, shipped=SHIPPED) -> Index:
             "latency_ms": {"p50": 0.4, "p95": 0.6, "p99": 0.9},
         }
     return Index.open(path)
+
+
+def run(
+    config: EvaluateConfig, pairs: Pairs, model: Model, embeddings: Embeddings, index: Index, out: Path
+) -> Report:
+    """The stage, on artefacts that say they were made from each other."""
+    embeddings = made_from(embeddings, model, pairs)
+    return evaluate.run(config, pairs, model, embeddings, made_from(index, embeddings), out)
+
+
+def made_from(artifact, *inputs: Artifact):
+    named = [{"path": str(given.path), "digest": given.digest} for given in inputs]
+    manifest = artifact.path / "manifest.json"
+    manifest.write_text(json.dumps(artifact.manifest | {"inputs": named}))
+    return type(artifact).open(artifact.path)
 
 
 def run_on(inputs: tuple[Pairs, Model, Embeddings, Index], out: Path) -> Report:
@@ -334,6 +349,8 @@ def test_dev_queries_are_not_in_the_figures(inputs, tmp_path):
 
 
 def test_the_stage_loads_neither_pytorch_nor_tensorflow(inputs, tmp_path):
+    pairs, model, embeddings, index = inputs
+    made_from(index, made_from(embeddings, model, pairs))
     code = f"""
 import sys
 from pathlib import Path
@@ -347,3 +364,12 @@ print(sorted({{"torch", "tensorflow", "matplotlib.pyplot"}} & set(sys.modules)))
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("other", "stage"), [("model", "encode"), ("embeddings", "index")])
+def test_artefacts_of_different_runs_are_refused(inputs, tmp_path, other, stage):
+    pairs, model, embeddings, index = inputs
+    embeddings = made_from(embeddings, *([pairs] if other == "model" else [pairs, model]))
+    index = made_from(index, *([] if other == "embeddings" else [embeddings]))
+    with pytest.raises(ArtifactError, match=f"was made from another .*{other}: run stage {stage} again"):
+        evaluate.run(CONFIG, pairs, model, embeddings, index, tmp_path / "report")
