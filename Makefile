@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 DATA ?= data/wikispeedia
 WORK ?= work/demo
+TEXT ?= merge two tables on a key
 PORT ?= 9090
 TWIN ?= $(CURDIR)/.twin
 RUN := .venv/bin/python
@@ -45,7 +46,7 @@ endif
 demo: .venv/run  ## the whole pipeline on docstrings and simulated readers, then the server; EVENTS=FILE DOCUMENTS=FILE: your logs
 	@$(if $(EVENTS),:,test -e $(WORK)/input/events.jsonl.gz || $(RUN) -m pipeline sample --out $(WORK)/input)
 	@$(RUN) -m pipeline all --config configs/demo.yaml --work $(WORK) $(INPUT)
-	@$(RUN) -m serving tour --model_base_path $(WORK)/models/index
+	@$(RUN) -m serving tour --model_base_path $(WORK)/models/index --text "$(TEXT)"
 
 real: .venv/run  ## the whole pipeline on Wikispeedia's real clicks; DATA=DIR holds SNAP's files
 	@$(RUN) -m pipeline import wikispeedia $(DATA) --out work/wikispeedia/input
