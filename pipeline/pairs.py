@@ -39,6 +39,7 @@ from pipeline.sessions import (
     Split,
     SumCounts,
     failure,
+    open_file,
     raise_failure,
     read_parquet,
     stable_hashes,
@@ -144,7 +145,7 @@ class Job:
         config, tables = self.documents, []
         text = [config.text] if isinstance(config.text, str) else list(config.text)
         for path in _match(config.paths, "documents.paths"):
-            with FileSystems.open(path) as file:
+            with open_file(path) as file:
                 table = documents_.read(
                     file,
                     path,

@@ -10,18 +10,22 @@ A step that is tried again writes the same bytes under the same name, so retries
 import errno
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import apache_beam as beam
 import numpy as np
 import polars as pl
+import pyarrow as pa
+from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline import events
 from pipeline.errors import InputError, PipelineError, from_os_error
 
 COUNTS = -1  # the key under which counts travel beside the buckets
+CODECS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2"}
 ORDER = ["user_id", "timestamp", "document_id", "text"]
 
 
@@ -59,7 +63,7 @@ class Split:
     def _split(self, number: int, path: str) -> Iterator[tuple[int, Any]]:
         known = read_parquet(self.known, ["document_id"])["document_id"] if self.known else None
         counts: dict[str, Any] = {"read": 0, "rejected": 0}
-        with FileSystems.open(path) as file:
+        with open_file(path) as file:
             blocks = events.read(file, path, events.format_of(path, self.format), self.columns)
             for block, (rows, bad) in enumerate(blocks):
                 counts["read"] += len(rows) + len(bad)
@@ -212,6 +216,21 @@ class SumCounts(beam.CombineFn):
 
 
 # --- Files on any Beam file system ------------------------------------------------------------------
+
+
+@contextmanager
+def open_file(path: str) -> Iterator[BinaryIO]:
+    """Open a given file, decompressed by its ending.
+
+    Beam's own decompression takes a file that was cut short for a whole one; Arrow's raises OSError.
+    """
+    codec = CODECS.get(path.rpartition(".")[2].lower())
+    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as raw:
+        if codec is None:
+            yield raw
+            return
+        with pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec) as decompressed:
+            yield decompressed
 
 
 def read_parquet(path: str, columns: list[str] | None = None) -> pl.DataFrame:

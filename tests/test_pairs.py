@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -275,6 +276,23 @@ def test_a_missing_column_in_a_log_stops_the_run_with_its_name(tmp_path, log):
             events={"paths": [str(log / "events.jsonl")], "user_id": "reader"},
             documents={"paths": [str(log / "documents.jsonl")]},
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["gz", "zst", "bz2"])
+def test_a_compressed_log_is_read_and_one_cut_short_is_refused(tmp_path, log, small, ending):
+    codec = {"gz": "gzip", "zst": "zstd", "bz2": "bz2"}[ending]
+    path = tmp_path / f"log.jsonl.{ending}"
+    with pa.CompressedOutputStream(str(path), codec) as file:
+        file.write((log / "events.jsonl").read_bytes())
+    given = {
+        "events": {"paths": [str(path)], "text": "text"},
+        "documents": {"paths": [str(log / "documents.jsonl")]},
+    }
+    assert run(tmp_path, **given).rows == small.rows
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=rf"log\.jsonl\.{ending}: cannot be read as jsonl: "):
+        run(tmp_path, "again", **given)
 
 
 def test_a_glob_that_matches_nothing_is_named(tmp_path):

@@ -93,7 +93,10 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, log):
         [sys.executable, "-m", "pipeline", "all", "--config", str(file), "--work", str(tmp_path / "work")],
         stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
     )  # fmt: skip
-    time.sleep(1.5)  # somewhere inside the first stage
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "work").glob(".pairs.partial-*")):  # inside the first stage
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
