@@ -67,7 +67,7 @@ def run(config: EncodeConfig, model: Model, pairs: Pairs, out: Path) -> Embeddin
         queries = queries_of(pairs, documents, config)
         pq.write_table(queries, folder / "queries.parquet")
 
-        encoder, precision = open_encoder(model.path, config, documents)
+        encoder = open_encoder(model.path, config, documents)
         matrix = _encode_to(
             folder / "embeddings.npy", documents["text"], encoder.documents, "documents", config
         )
@@ -81,7 +81,7 @@ def run(config: EncodeConfig, model: Model, pairs: Pairs, out: Path) -> Embeddin
         draft.rows |= {"documents": len(documents), "queries": len(queries), "pool": len(pool)}
         draft.facts |= {
             "dim": config.dim,
-            "precision": precision,
+            "precision": encoder.precision,
             "description": pairs.facts["description"],
             "trained": model.facts["trained"],
         }
@@ -94,23 +94,23 @@ def open_encoder(
     documents: pa.Table,
     revision: str | None = None,
     max_seq_length: int | None = None,
-) -> tuple[Encoder, str]:
-    """The encoder at the fastest precision whose rows are as good as float32's, and that precision."""
+) -> Encoder:
+    """The encoder at the fastest precision whose rows are as good as float32's."""
 
     def at(precision: str) -> Encoder:
         return Encoder.open(path, config.device, precision, max_seq_length, config.batch_size, revision)
 
     encoder = at(config.precision)
     if encoder.precision == "float32" or config.precision != "auto":
-        return encoder, encoder.precision
+        return encoder
     step = max(1, len(documents) // PROBE_SIZE)
     probes = documents["text"].take(np.arange(0, len(documents), step)[:PROBE_SIZE]).to_pylist()
     exact = at("float32")
     cosine = float((encoder.documents(probes) * exact.documents(probes)).sum(axis=1).min())
     if cosine < MIN_COSINE:
         print(f"encode: {encoder.precision} rows differ (cosine {cosine:.4f}): float32", file=sys.stderr)
-        return exact, "float32"
-    return encoder, encoder.precision
+        return exact
+    return encoder
 
 
 def fill(
@@ -208,7 +208,7 @@ def _write_untuned(
         np.save(untuned / "queries.npy", np.load(folder / "queries.npy"))
         return
     facts = model.facts
-    encoder, _ = open_encoder(facts["base_model"], config, pool, facts["revision"], facts["max_seq_length"])
+    encoder = open_encoder(facts["base_model"], config, pool, facts["revision"], facts["max_seq_length"])
     for name, texts, encode in (
         ("documents", pool["text"], encoder.documents),
         ("queries", queries["text"], encoder.queries),

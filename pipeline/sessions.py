@@ -2,7 +2,7 @@
 
     files | Split(...)          one file's events into one bucket file per hash of a column
           | GroupByKey()        all files of a bucket
-          | Map(cut_bucket)     its users' sessions, in one Parquet file
+          | Map(CutBucket(...)) its users' sessions, in one Parquet file
 
 A step that is tried again writes the same bytes under the same name, so retries change nothing.
 """
