@@ -10,7 +10,7 @@ PORT ?= 9090
 TWIN ?= $(CURDIR)/.twin
 RUN := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check install --quiet
-EXTRAS := --extra pairs --extra train --extra index --extra evaluate --extra serving --extra demo
+EXTRAS := --extra pairs --extra import --extra train --extra index --extra evaluate --extra serving --extra demo
 
 .PHONY: help demo real serve test test-twin lint lock clean
 .DELETE_ON_ERROR:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as config_
+from pipeline import importers
 from pipeline import work as work_
 from pipeline.artifacts import (
     MANIFEST,
@@ -31,7 +32,7 @@ EXAMPLES = """examples:
   python -m pipeline index --config configs/demo.yaml --work work/demo --set index.target_recall=0.98
   python -m pipeline pairs --config my.yaml --work work/my --runner FlinkRunner --flink_master localhost:8081
   python -m pipeline sample --out work/demo/input
-  python -m pipeline import wikispeedia data/wikispeedia --out work/wikispeedia/input
+  python -m pipeline import firefox ~/.mozilla/firefox/*/places.sqlite --out work/my/input
 
 exit codes: 0 done, 1 a fault, 2 bad input or config or a killed stage, 3 refused by the publication gate
 """
@@ -122,15 +123,24 @@ def _parser() -> argparse.ArgumentParser:
 
     importer = commands.add_parser(
         "import",
-        help="published logs -> events and documents",
-        description="wikispeedia: the folder with paths_finished.tsv, paths_unfinished.tsv, articles.tsv and "
-        "categories.tsv as SNAP publishes them, gzipped or not; one of the paths files may be missing.",
-        epilog="example:\n  python -m pipeline import wikispeedia DIR --out work/wikispeedia/input",
+        help="browser history, exported highlights, server logs, Wikispeedia -> events and documents",
+        description=importers.HELP,
+        epilog=importers.EXAMPLES,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    importer.add_argument("kind", choices=["wikispeedia"])
-    importer.add_argument("folder", type=Path)
+    importer.add_argument("kind", choices=importers.KINDS, metavar="KIND", help=", ".join(importers.KINDS))
+    importer.add_argument("paths", nargs="+", type=Path, metavar="FILE", help="wikispeedia: one folder")
     importer.add_argument("--out", required=True, type=Path, metavar="DIR")
+    importer.add_argument("--timezone", metavar="ZONE", help="IANA name, for times written without a zone")
+    importer.add_argument("--user", metavar="ID", help="all files are this reader's")
+    importer.add_argument(
+        "--max_rejected_share",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="more records than this that cannot be used, and nothing is written (default: %(default)s)",
+    )
     importer.set_defaults(run=_import)
     return parser
 
@@ -205,7 +215,11 @@ def _plan(
         settings = pairs.settings_of(config.pairs, config.events, config.documents)
         pairs.parse_options(beam_options)  # a misspelt option is said even where all is complete
         given = (config.pairs, config.events, config.documents)
-        return settings, pairs.inputs_of(config.events, config.documents), _bind(pairs.run, *given)
+        return (
+            settings,
+            pairs.inputs_of(config.pairs, config.events, config.documents),
+            _bind(pairs.run, *given),
+        )
     if stage == "train":
         from pipeline import train
 
@@ -248,13 +262,10 @@ def _sample(command: argparse.Namespace, _: Sequence[str]) -> None:
 
 
 def _import(command: argparse.Namespace, _: Sequence[str]) -> None:
-    from pipeline.importers import wikispeedia
-
-    made = wikispeedia.read(command.folder, command.out)
-    print(
-        f"import: {made['events']:,} clicks of {made['readers']:,} readers in {made['games']:,} games, "
-        f"{made['documents']:,} articles, {made['rejects']:,} lines rejected: {command.out}"
+    made = importers.run(
+        command.kind, command.paths, command.out, command.timezone, command.user, command.max_rejected_share
     )
+    print(f"import: {made}: {command.out}")
 
 
 def _quiet() -> None:

@@ -104,11 +104,14 @@ class Pairs(Artifact):
                  session_id str, user_id str; sessions of the train span
     dev-*, test-*: the same columns, sessions of the later spans
     documents-*: document_id str (unique), text str, title str, then any further columns as given
-    rejects-*:   file str, line int64, reason str, detail str; file and line null for pairs
+    rejects-*:   file str, line int64, reason str, detail str; file and line null for pairs, and for a
+                 user with too many events, who is one row and many events
 
     facts: description (of the events), dev_start and test_start (ISO 8601, or null without events),
         events (counts: read, in_sessions, duplicates, rejected), rejects ({reason: count}),
-        session_lengths ({"documents a session": sessions}), gap_duration.
+        session_lengths ({"documents a session": sessions}), gap_duration, negatives ({strategy: {given,
+        refused}}: how many it gave, and how many of its draws or candidates had been read with the
+        anchor), co_read ({pairs, long_sessions}: what that filter holds).
     rows: events, rejects, sessions, pairs, dev, test, documents.
     """
 

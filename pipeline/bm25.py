@@ -3,43 +3,66 @@
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
-def bm25_scores(queries: Sequence[str], documents: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
-    """Scores by BM25 as Lucene computes it (k1 1.5, b 0.75); 0 where no word is shared.
+
+@dataclass(frozen=True)
+class Bm25:
+    """Documents indexed by BM25 as Lucene computes it (k1 1.5, b 0.75).
 
     bm25s keeps one number a (word, document), to be summed over a query's words. A sparse product does
     that for a block of queries; its own `get_scores` does one query at a time, many times slower.
+
+    Attributes:
+        words: {word: row of `scores`}.
+        scores: sparse float32 (n_words, n_documents).
     """
-    import bm25s
-    from scipy import sparse
 
-    vocabulary: dict[str, int] = {"": 0}  # bm25s wants the empty word, and cannot index none at all
-    ids = [[vocabulary.setdefault(w, len(vocabulary)) for w in words(text)] for text in documents]
-    if len(vocabulary) == 1:
-        return lambda rows: np.zeros((len(rows), len(documents)), np.float32)
-    retriever = bm25s.BM25()
-    retriever.index((ids, vocabulary), show_progress=False)
-    postings = retriever.scores  # documents x words by column, so words x documents by row
-    table = sparse.csr_array(
-        (postings["data"], postings["indices"], postings["indptr"]),
-        shape=(len(postings["indptr"]) - 1, len(documents)),
-    )
+    words: Mapping[str, int]
+    scores: "csr_array"
 
-    def score(rows: np.ndarray) -> np.ndarray:
-        asked = [[vocabulary[w] for w in words(queries[row]) if w in vocabulary] for row in rows]
-        columns = np.concatenate([np.asarray(a, np.int64) for a in asked])
-        lines = np.repeat(np.arange(len(asked)), [len(a) for a in asked])
-        times = sparse.coo_array(
-            (np.ones(len(columns), np.float32), (lines, columns)), shape=(len(asked), table.shape[0])
+    @classmethod
+    def of(cls, documents: Iterable[str]) -> "Bm25":
+        import bm25s
+        from scipy import sparse
+
+        vocabulary: dict[str, int] = {"": 0}  # bm25s wants the empty word, and cannot index none at all
+        ids = [[vocabulary.setdefault(w, len(vocabulary)) for w in words(text)] for text in documents]
+        if len(vocabulary) == 1:
+            return cls(vocabulary, sparse.csr_array((1, len(ids)), dtype=np.float32))
+        retriever = bm25s.BM25()
+        retriever.index((ids, vocabulary), show_progress=False)
+        postings = retriever.scores  # documents x words by column, so words x documents by row
+        table = sparse.csr_array(
+            (postings["data"], postings["indices"], postings["indptr"]),
+            shape=(len(postings["indptr"]) - 1, len(ids)),
         )
-        return (times.tocsr() @ table).toarray()
+        return cls(vocabulary, table)
 
-    return score
+    def counts(self, texts: Iterable[str]) -> "csr_array":
+        """How often each text has each known word, sparse float32 (n_texts, n_words)."""
+        from scipy import sparse
+
+        known = [[self.words[w] for w in words(text) if w in self.words] for text in texts]
+        columns = np.concatenate([np.empty(0, np.int64), *(np.asarray(k, np.int64) for k in known)])
+        lines = np.repeat(np.arange(len(known)), [len(k) for k in known])
+        ones = np.ones(len(columns), np.float32)
+        shape = (len(known), self.scores.shape[0])
+        return sparse.coo_array((ones, (lines, columns)), shape=shape).tocsr()
+
+
+def bm25_scores(queries: Sequence[str], documents: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
+    """Scores of blocks of queries, float32 (n_rows, n_documents); 0 where no word is shared."""
+    index = Bm25.of(documents)
+    return lambda rows: (index.counts([queries[row] for row in rows]) @ index.scores).toarray()
 
 
 def words(text: str) -> list[str]:

@@ -16,6 +16,7 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 Format = Literal["auto", "jsonl", "csv", "parquet"]
 Similarity = Literal["dot_product", "cosine", "euclidean", "manhattan"]
 Auto = Literal["auto"]
+Strategy = Literal["random", "cross_user", "bm25", "mined"]
 Paths = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -56,16 +57,28 @@ class PairsConfig:
     gap_duration: Positive = 1800  # seconds; a gap of exactly this starts a new session
     holdout_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # of the sessions, for dev, and again for test
     seed: Seed = 7
-    negatives: dict[Literal["cross_user"], Share] = dataclasses.field(
-        default_factory=lambda: {"cross_user": 1.0}
+    # A share for each strategy; hard negatives (bm25, mined) help in small doses.
+    negatives: dict[Strategy, Share] = dataclasses.field(default_factory=lambda: {"cross_user": 1.0})
+    popularity_exponent: Annotated[float, Field(ge=0)] = 1.0  # cross_user: 1 as often as read, 0 all alike
+    mined_from: str | None = None  # mined: the work folder of a complete run, whose embeddings are used
+    # mined: what scores above this share of the positive is left out; 0.95: NV-Retriever (Moreira 2024)
+    max_positive_ratio: Share = 0.95
+    n_candidates: Positive = 20  # bm25, mined: the best of an anchor, among which a pair's hash chooses
+    max_draws: Positive = 20  # a strategy; without an eligible negative the pair is rejected as no_negative
+    max_events_per_user: Positive = 10_000  # a day; who has more is no reader, and is set aside
+    n_buckets: Positive | Auto = (
+        "auto"  # files that users are hashed into; auto: about half a million events each
     )
-    max_draws: Positive = 20  # without an eligible negative the pair is rejected as no_negative
-    n_buckets: Positive = 16  # files that users are hashed into; memory a worker is events / n_buckets
     temp_location: str | None = None  # shared by all workers; default: beside the artefact
 
     def __post_init__(self) -> None:
         if abs(sum(self.negatives.values()) - 1) > 1e-9:
             raise ValueError(f"negatives: the shares are {self.negatives}, but must add up to 1")
+        if self.negatives.get("mined") and not self.mined_from:
+            raise ValueError(
+                f"negatives: mined has the share {self.negatives['mined']}, but pairs.mined_from is not set; "
+                "name the work folder of a complete run whose embeddings find the nearest documents"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -299,7 +312,7 @@ def _resolve_paths(settings: dict[str, Any], folder: Path) -> None:
             paths = settings[section]["paths"]
             paths = [paths] if isinstance(paths, str) else paths
             settings[section]["paths"] = [resolve(p) for p in paths] if isinstance(paths, list) else paths
-    for section, key in (("pairs", "temp_location"), ("publish", "folder")):
+    for section, key in (("pairs", "temp_location"), ("pairs", "mined_from"), ("publish", "folder")):
         if isinstance(settings.get(section), dict) and key in settings[section]:
             settings[section][key] = resolve(settings[section][key])
     train = settings.get("train")

@@ -180,6 +180,7 @@ def counts(pairs: Pairs) -> dict[str, Any]:
         "events": pairs.facts.get("events") or {},
         "rejects": pairs.facts.get("rejects") or {},
         "rows": pairs.rows,
+        "negatives": pairs.facts.get("negatives") or {},
         "gap_duration": pairs.facts.get("gap_duration"),
         "test_start": pairs.facts.get("test_start"),
     }

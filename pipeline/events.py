@@ -9,7 +9,8 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import BinaryIO
+from functools import partial
+from typing import BinaryIO, NamedTuple
 
 import polars as pl
 import pyarrow as pa
@@ -41,6 +42,13 @@ class Columns:
         return [name for name in (self.user_id, self.document_id, self.timestamp, self.text) if name]
 
 
+class RowGroups(NamedTuple):
+    """A part of a Parquet file."""
+
+    numbers: tuple[int, ...]
+    first_row: int  # of these row groups in the file, counted from 1
+
+
 def format_of(path: str, given: str = "auto") -> str:
     """ "jsonl", "csv" or "parquet", by the file's ending unless given.
 
@@ -60,7 +68,12 @@ def format_of(path: str, given: str = "auto") -> str:
 
 
 def read(
-    file: BinaryIO, path: str, kind: str, columns: Columns, block_size: int = BLOCK_SIZE
+    file: BinaryIO,
+    path: str,
+    kind: str,
+    columns: Columns,
+    block_size: int = BLOCK_SIZE,
+    rows_of: RowGroups | None = None,
 ) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
     """Read one log file.
 
@@ -68,11 +81,11 @@ def read(
         file: its bytes, decompressed.
         path: what to call it in rejects and errors.
         kind: "jsonl", "csv" or "parquet".
+        rows_of: of a Parquet file only these row groups.
 
     Yields:
-        (events, rejects) a block: events (line, user_id, document_id, timestamp as
-        MOMENT, text), rejects with those of
-        REJECTS. Every row of the file is in exactly one of them; blank lines are no rows.
+        (events, rejects) a block: events (line, user_id, document_id, timestamp as MOMENT, text), rejects
+        with the columns of REJECTS. Every row of the file is in exactly one of them; blank lines are no rows.
 
     Raises:
         InputError: the file as a whole cannot be read, or lacks a column.
@@ -80,7 +93,7 @@ def read(
     readers: dict[str, Callable[..., Iterator[tuple[pl.DataFrame, list[dict]]]]] = {
         "jsonl": _jsonl_blocks,
         "csv": _csv_blocks,
-        "parquet": _parquet_blocks,
+        "parquet": partial(_parquet_blocks, rows_of=rows_of),
     }
     try:
         for rows, bad in readers[kind](file, path, columns, block_size):
@@ -364,7 +377,7 @@ def _csv_records(block: bytes, first_line: int) -> Iterator[tuple[int, str, str]
 
 
 def _parquet_blocks(
-    file: BinaryIO, path: str, columns: Columns, block_size: int
+    file: BinaryIO, path: str, columns: Columns, block_size: int, rows_of: RowGroups | None
 ) -> Iterator[tuple[pl.DataFrame, list[dict]]]:
     parquet = pq.ParquetFile(file)
     there = parquet.schema_arrow.names
@@ -372,8 +385,10 @@ def _parquet_blocks(
         if name not in there:
             raise _no_column(path, name, there)
     wanted = [name for name in columns.names() if name in there]
-    first_row = 1  # a Parquet file has no lines: rows are counted from 1
-    for batch in parquet.iter_batches(batch_size=max(1, block_size // 100), columns=wanted):
+    # a Parquet file has no lines: rows are counted from 1
+    numbers, first_row = rows_of or RowGroups(tuple(range(parquet.num_row_groups)), 1)
+    batches = parquet.iter_batches(max(1, block_size // 100), row_groups=list(numbers), columns=wanted)
+    for batch in batches:
         rows = pl.from_arrow(pa.Table.from_batches([batch]))
         assert isinstance(rows, pl.DataFrame)
         as_text = [name for name in wanted if not isinstance(rows.schema[name], pl.Datetime)]

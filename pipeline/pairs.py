@@ -1,22 +1,23 @@
 """Stage `pairs`: events + documents -> pairs/, an Apache Beam batch job.
 
-Three straight lines of Beam transforms, each ending in one dict of counts:
+Straight lines of Beam transforms, each ending in one dict of counts:
 
-    files   -> split by document -> GroupByKey -> make documents   (only without a documents file)
-    files   -> split by user     -> GroupByKey -> cut sessions
+    pieces  -> split by document -> GroupByKey -> make documents       (only without a documents file)
+    pieces  -> split by user     -> GroupByKey -> cut sessions
+    buckets -> survey            -> GroupByKey -> merge what was read together
+    anchors -> find candidates                                         (only for hard negatives)
     buckets -> draw pairs
 
-The later two need a fact about all that came before: which documents exist, when the held-out spans
-begin and how popular each document is.
+Each needs a fact about all that came before: which documents exist, when the held-out spans begin, how
+popular a document is and with which others it was ever read.
 """
 
 import argparse
 import logging
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,27 +25,31 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import polars as pl
-from apache_beam.io.filesystem import BeamIOError
-from apache_beam.io.filesystems import FileSystems
+import pyarrow as pa
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import create_runner
 
+from pipeline import co_reading, hard_negatives, negatives, progress, storage
 from pipeline import documents as documents_
 from pipeline import events as events_
-from pipeline.artifacts import Draft, Pairs, sha256, writing
+from pipeline.artifacts import Draft, Embeddings, Pairs, writing
+from pipeline.bm25 import Bm25
+from pipeline.co_reading import CoReading
 from pipeline.config import DocumentsConfig, EventsConfig, PairsConfig, as_dict
+from pipeline.counts import SumCounts, by_prefix, failure, raise_failure, read_counts, write_counts
 from pipeline.errors import ConfigError, InputError, PipelineError
+from pipeline.hashing import mix, stable_hash
+from pipeline.negatives import NONE, AskedPairs, Popularity
 from pipeline.sessions import (
+    COUNTS,
     CutBucket,
+    Sessions,
     Split,
-    SumCounts,
-    failure,
-    open_file,
-    raise_failure,
-    read_parquet,
-    stable_hashes,
+    as_dictionary,
+    n_buckets_for,
+    only,
+    pieces,
     with_rows,
-    write_parquet,
 )
 
 DEFAULT_RUNNER = "FnApiRunner"  # DirectRunner first fetches a binary from the network
@@ -52,25 +57,39 @@ SPANS = ("pairs", "dev", "test")  # by time; "pairs" are for training
 PAIR_COLUMNS = [
     "anchor", "positive", "negative", "anchor_id", "positive_id", "negative_id", "session_id", "user_id",
 ]  # fmt: skip
+ON_PURPOSE = ("too_few_readers", "too_many_events")  # rejects that are no fault of the log
+ANCHORS = 2_000  # whose candidates are one element
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def inputs_of(events: EventsConfig, documents: DocumentsConfig) -> list[dict[str, str]]:
+def inputs_of(pairs: PairsConfig, events: EventsConfig, documents: DocumentsConfig) -> list[dict[str, str]]:
     """The given files as {path, digest}, for the manifest and for telling whether anything changed.
 
     Raises:
         InputError: a path or glob matches no file, or a folder.
+        ArtifactError: pairs.mined_from holds no complete embeddings.
     """
-    return [
+    given = [
         {"path": path, "digest": _digest(path)}
         for section, config in (("events", events), ("documents", documents))
-        for path in _match(config.paths, f"{section}.paths")
+        for path in storage.match(config.paths, f"{section}.paths")
     ]
+    if pairs.negatives.get("mined"):
+        earlier = _earlier(pairs)
+        given.append({"path": str(earlier.path), "digest": earlier.digest})
+    return given
 
 
 def settings_of(pairs: PairsConfig, events: EventsConfig, documents: DocumentsConfig) -> dict[str, Any]:
     """What decides the result, for the manifest: not where files lie, only what is in them."""
     sections = {"pairs": as_dict(pairs), "events": as_dict(events), "documents": as_dict(documents)}
-    for section, place in (("pairs", "temp_location"), ("events", "paths"), ("documents", "paths")):
+    places = (
+        ("pairs", "temp_location"),
+        ("pairs", "mined_from"),
+        ("events", "paths"),
+        ("documents", "paths"),
+    )
+    for section, place in places:
         sections[section].pop(place)
     return sections
 
@@ -89,17 +108,24 @@ def run(
 
     Raises:
         InputError: a file cannot be used, too many rows are rejected, or no session has two documents.
-        ConfigError: an option that Beam does not know.
+        ConfigError: an option that Beam does not know, or pairs.mined_from is the run's own work folder.
     """
     options = parse_options(beam_options)
-    inputs = inputs_of(events, documents)
+    if config.mined_from and Path(config.mined_from).resolve() == out.parent.resolve():
+        raise ConfigError(
+            f"pairs.mined_from is {config.mined_from}, the work folder of this run: each run would "
+            "change what the next is made of; name another --work, and mine from this one"
+        )
+    inputs = inputs_of(config, events, documents)
     settings = settings_of(config, events, documents)
     with writing(Pairs, out, config=settings, inputs=inputs) as draft:
-        buckets = str(draft.folder / "buckets")
+        folder = str(draft.folder / "buckets")
         if config.temp_location:  # a folder of this run's own: others may share the place
-            buckets = f"{config.temp_location.rstrip('/')}/{draft.folder.name.lstrip('.')}"
-        _make_folder(buckets)
-        job = Job(config, events, documents, draft, buckets, options)
+            folder = f"{config.temp_location.rstrip('/')}/{draft.folder.name.lstrip('.')}"
+        if storage.names(folder):
+            storage.remove(folder)  # of a killed run: a bucket must not find another cut's files
+        storage.make_folder(folder)
+        job = Job(config, events, documents, draft, folder, options)
         job.write_documents()
         if events.paths:
             job.write_sessions()
@@ -107,9 +133,9 @@ def run(
         else:
             job.say("no event log: documents alone")
             draft.facts |= {"dev_start": None, "test_start": None, "events": {}, "rejects": {}}
-            draft.facts |= {"session_lengths": {}}
+            draft.facts |= {"session_lengths": {}, "negatives": {}, "co_read": {}}
         draft.facts |= {"description": events.description, "gap_duration": config.gap_duration}
-        FileSystems.delete([buckets])
+        storage.remove(folder)
     return Pairs.open(out)
 
 
@@ -121,7 +147,7 @@ class Job:
     events: EventsConfig
     documents: DocumentsConfig
     draft: Draft
-    buckets: str
+    folder: str  # bucket files and all else that is gone at the end
     options: "Options"  # below
 
     @property
@@ -130,22 +156,39 @@ class Job:
 
     @property
     def documents_file(self) -> str:
-        return str(self.out / "documents-00000.parquet")
+        return f"{self.folder}/documents.arrow"
 
     def say(self, line: str) -> None:
         print(f"pairs: {line}", file=sys.stderr, flush=True)
 
+    # --- Documents -----------------------------------------------------------------------------------
+
     def write_documents(self) -> None:
         table = self._read_documents() if self.documents.paths else self._make_documents()
-        write_parquet(table, self.documents_file)
+        storage.write_parquet(table, str(self.out / "documents-00000.parquet"))
+        for_workers = table.select(
+            "document_id",
+            "text",
+            hash=stable_hash("document_id"),
+            same_text=pl.int_range(pl.len(), dtype=pl.Int32).first().over("text"),  # the first row with it
+        )
+        types = pa.schema(
+            {
+                "document_id": pa.string(),
+                "text": pa.large_string(),
+                "hash": pa.uint64(),
+                "same_text": pa.int32(),
+            }
+        )
+        storage.write_arrow(for_workers.to_arrow().cast(types), self.documents_file, compression=None)
         self.draft.rows["documents"] = len(table)
         self.say(f"{len(table):,} documents")
 
     def _read_documents(self) -> pl.DataFrame:
         config, tables = self.documents, []
         text = [config.text] if isinstance(config.text, str) else list(config.text)
-        for path in _match(config.paths, "documents.paths"):
-            with open_file(path) as file:
+        for path in storage.match(config.paths, "documents.paths"):
+            with storage.open_file(path) as file:
                 table = documents_.read(
                     file,
                     path,
@@ -160,10 +203,11 @@ class Job:
 
     def _make_documents(self) -> pl.DataFrame:
         """Documents from the highlights, where no documents file is given."""
-        made = f"{self.buckets}/made"
-        _make_folder(made)
-        self._split_and_group("document_id", None, MakeDocuments(self.documents.min_readers, made))
-        parts = [read_parquet(path) for path in _match([f"{made}/documents-*"], None)]
+        made = f"{self.folder}/made"
+        storage.make_folder(made)
+        self._split_and_group("documents", None, MakeDocuments(self.documents.min_readers, made))
+        parts = [storage.read_parquet(path) for path in storage.names(f"{made}/documents-*")]
+        storage.remove(made)
         table = pl.concat(parts) if parts else pl.DataFrame()
         if table.is_empty():
             raise InputError(
@@ -173,24 +217,30 @@ class Job:
             )
         return table.sort("document_id")
 
+    # --- Sessions ------------------------------------------------------------------------------------
+
     def write_sessions(self) -> None:
         """Events to sessions-*.parquet and rejects-*.parquet; conservation is checked."""
-        counts = self._split_and_group(
-            "user_id", self.documents_file, CutBucket(self.config.gap_duration, str(self.out))
+        cut = CutBucket(
+            gap_duration=self.config.gap_duration,
+            max_events_per_user=self.config.max_events_per_user,
+            documents=self.documents_file,
+            folder=self.folder,
+            out=str(self.out),
         )
+        counts = self._split_and_group("sessions", self.documents_file, cut)
         read, rejected = counts.get("read", 0), counts.get("rejected", 0)
         in_sessions, duplicates = counts.get("in_sessions", 0), counts.get("duplicates", 0)
-        reasons = _by_prefix(counts, "rejected:")
+        reasons = by_prefix(counts, "rejected:")
         self._write_rejects()
         if not read:
             raise InputError(f"{', '.join(self.events.paths)}: no events in it")
-        # What too few readers highlighted is left out on purpose, not for a fault of the log.
-        if rejected - reasons.get("too_few_readers", 0) > self.events.max_rejected_share * read:
+        faults = rejected - sum(reasons.get(reason, 0) for reason in ON_PURPOSE)
+        if faults > self.events.max_rejected_share * read:
             raise InputError(
-                f"{rejected:,} of {read:,} events were rejected "
+                f"{faults:,} of {read:,} events were rejected "
                 f"({', '.join(f'{reason} {n:,}' for reason, n in reasons.items())}), more than "
-                f"events.max_rejected_share = {self.events.max_rejected_share}; "
-                f"see {self.out}/rejects-00000.parquet: {self._first_reject()}"
+                f"events.max_rejected_share = {self.events.max_rejected_share}: {self._first_reject()}"
             )
         if read != in_sessions + duplicates + rejected:
             raise PipelineError(
@@ -209,7 +259,7 @@ class Job:
             },
             "rejects": reasons,
             "session_lengths": dict(
-                sorted(_by_prefix(counts, "length:").items(), key=lambda item: int(item[0]))
+                sorted(by_prefix(counts, "length:").items(), key=lambda item: int(item[0]))
             ),
         }
         self.say(
@@ -217,32 +267,106 @@ class Job:
             f"{duplicates:,} duplicates, {rejected:,} rejected"
         )
 
+    def _write_rejects(self) -> None:
+        """The workers' rejects in one place, by file and line."""
+        parts = [storage.read_parquet(path) for path in storage.names(f"{self.folder}/rejects-*")]
+        if parts:
+            rejects = pl.concat(parts).sort("file", "line", "detail", nulls_last=True)
+            storage.write_parquet(rejects, str(self.out / "rejects-00000.parquet"))
+
+    def _first_reject(self) -> str:
+        rejects = storage.read_parquet(str(self.out / "rejects-00000.parquet"))
+        faults = rejects.filter(~pl.col("reason").is_in(ON_PURPOSE))
+        row: dict[str, Any] = (rejects if faults.is_empty() else faults).row(0, named=True)
+        where = f"{row['file']} line {row['line']}, " if row["file"] else ""
+        return f"first {where}{row['reason']}, {row['detail'][:120]}"
+
+    # --- Pairs ---------------------------------------------------------------------------------------
+
     def write_pairs(self) -> None:
         """Sessions to pairs-*, dev-* and test-*.parquet."""
-        sessions = pl.scan_parquet(str(self.out / "sessions-*.parquet"))
-        dev_start, test_start = held_out_spans(sessions, self.config.holdout_share)
-        popularity = f"{self.buckets}/popularity.parquet"
-        write_parquet(document_popularity(sessions, before=dev_start or test_start), popularity)
+        files = storage.names(f"{self.folder}/*-sessions.arrow")
+        dev_start, test_start = held_out_spans(files, self.config.holdout_share)
+        before = dev_start or test_start
+        n_documents, n_ranges = self.draft.rows["documents"], max(16, len(files) // 8)
+        shares = {name: share for name, share in self.config.negatives.items() if share}
+        hard = tuple(str(name) for name in ("bm25", "mined") if name in shares)
+        seed = self.config.seed
+
+        self._survey(Survey(self.folder, n_documents, n_ranges, before, seed, tuple(shares.items()), hard))
+        met = MetFiles(self.folder, n_documents, n_ranges)
+        refused = {name: self._find_candidates(name, met) for name in hard}
         draw = DrawPairs(
             out=str(self.out),
-            documents=self.documents_file,
-            popularity=popularity,
-            dev_start=dev_start,
-            test_start=test_start,
-            seed=self.config.seed,
+            folder=self.folder,
+            met=met,
+            shares=tuple(shares.items()),
+            spans=(dev_start, test_start),
+            seed=seed,
             max_draws=self.config.max_draws,
+            popularity_exponent=self.config.popularity_exponent,
+            max_positive_ratio=self.config.max_positive_ratio,
+            mined_from=self._mined_from if "mined" in shares else None,
         )
-        names = [str(path) for path in sorted(self.out.glob("sessions-*.parquet"))]
-        counts = self._run("draw pairs", names, [beam.Map(draw)])
+        total = self.draft.rows["sessions"]
+        counts = self._run("pairs", files, total, "session", [("draw", beam.Map(draw))])
+        self._note_pairs(counts, refused)
+        self.draft.facts |= {"dev_start": _iso(dev_start), "test_start": _iso(test_start)}
+
+    def _survey(self, survey: "Survey") -> None:
+        """Popularity, and which documents were read together."""
+        files = storage.names(f"{self.folder}/*-sessions.arrow")
+        lines = [
+            ("survey", beam.FlatMap(survey)),
+            ("group", beam.GroupByKey()),
+            ("merge", beam.Map(MergeRange(self.folder))),
+        ]
+        counts = self._run("survey", files, self.draft.rows["sessions"], "session", lines)
+        self.draft.facts["co_read"] = {
+            "pairs": counts.get("co_read", 0),
+            "long_sessions": counts.get("long", 0),
+        }
+        parts = [storage.read_arrow(path) for path in storage.names(f"{self.folder}/popularity-*")]
+        popularity = add_popularity(parts, survey.n_documents)
+        storage.write_array(popularity.n_events, f"{self.folder}/n_events.npy")
+        storage.write_array(popularity.only_reader, f"{self.folder}/only_reader.npy")
+
+    def _find_candidates(self, name: str, met: "MetFiles") -> int:
+        """The hard documents of every anchor that asks for one; returns how many the filter refused."""
+        parts = [storage.read_array(path) for path in storage.names(f"{self.folder}/anchors-{name}-*")]
+        anchors = np.unique(np.concatenate([np.empty(0, np.int32), *parts]))
+        blocks = [anchors[start : start + ANCHORS] for start in range(0, len(anchors), ANCHORS)]
+        texts = only(storage.read_arrow(self.documents_file)["text"])
+        if name == "bm25":
+            self.say(f"indexing {len(texts):,} documents by BM25")
+            write_bm25(texts, self.folder)
+        else:
+            ids = only(storage.read_arrow(self.documents_file)["document_id"])
+            storage.write_array(rows_in(_earlier(self.config), ids), f"{self.folder}/mined-rows.npy")
+        mined_from = self._mined_from if name == "mined" else None
+        find = FindCandidates(name, self.folder, met, self.config.n_candidates, mined_from)
+        total = len(anchors)
+        counts = self._run(
+            f"candidates {name}", list(enumerate(blocks)), total, "anchor", [("find", beam.Map(find))]
+        )
+        return counts.get("refused", 0)
+
+    @property
+    def _mined_from(self) -> str:
+        return str(_earlier(self.config).path)
+
+    def _note_pairs(self, counts: dict[str, Any], refused: dict[str, int]) -> None:
         for span in SPANS:
             self.draft.rows[span] = counts.get(span, 0)
         no_negative = counts.get("no_negative", 0)
         self.draft.rows["rejects"] += no_negative
         if no_negative:
             self.draft.facts["rejects"]["no_negative"] = no_negative
-        self.draft.facts |= {
-            "dev_start": dev_start and dev_start.isoformat(),
-            "test_start": test_start and test_start.isoformat(),
+        given, filtered = by_prefix(counts, "negatives:"), by_prefix(counts, "refused:")
+        self.draft.facts["negatives"] = {
+            name: {"given": given.get(name, 0), "refused": filtered.get(name, 0) + refused.get(name, 0)}
+            for name, share in self.config.negatives.items()
+            if share
         }
         if not counts.get("pairs"):
             why = f" ({no_negative:,} had no eligible negative)" if no_negative else ""
@@ -255,32 +379,52 @@ class Job:
             f"{counts['pairs']:,} pairs to train on, {counts.get('dev', 0):,} for dev, "
             f"{counts.get('test', 0):,} for test, {no_negative:,} without a negative"
         )
+        for name, found in self.draft.facts["negatives"].items():
+            refused_draws = f"{found['refused']:,} refused, read with the anchor"
+            self.say(f"negatives by {name}: {found['given']:,}; {refused_draws}")
 
-    def _split_and_group(self, by: str, known: str | None, per_bucket: Callable) -> dict[str, Any]:
+    # --- Lines ---------------------------------------------------------------------------------------
+
+    def _split_and_group(self, name: str, documents: str | None, per_bucket: Callable) -> dict[str, Any]:
         columns = events_.Columns(
             self.events.user_id, self.events.document_id, self.events.timestamp, self.events.text
         )
-        reason = "unknown_document" if self.documents.paths else "too_few_readers"
-        split = Split(columns, self.events.format, by, self.config.n_buckets, self.buckets, known, reason)
-        files = list(enumerate(_match(self.events.paths, "events.paths")))
-        self.say(f"reading {len(files)} log file{'s' * (len(files) != 1)}, split by {by}")
-        return self._run(
-            f"split by {by}",
-            files,
-            [
-                "split" >> beam.FlatMap(split),
-                "group" >> beam.GroupByKey(),
-                "cut" >> beam.Map(per_bucket),
-            ],
+        found = pieces(storage.match(self.events.paths, "events.paths"), self.events.format)
+        n_buckets = n_buckets_for(found) if self.config.n_buckets == "auto" else self.config.n_buckets
+        split = Split(
+            columns=columns,
+            format=self.events.format,
+            n_buckets=n_buckets,
+            folder=self.folder,
+            marks=self._marks(name),
+            documents=documents,
+            unknown_reason="unknown_document" if self.documents.paths else "too_few_readers",
+            max_events_per_user=self.config.max_events_per_user,
         )
+        n_files = len({piece.path for piece in found})
+        self.say(f"reading {n_files:,} log file{'s' * (n_files != 1)} for {name}, {n_buckets:,} buckets")
+        transforms = [
+            ("split", beam.FlatMap(split)),
+            ("group", beam.GroupByKey()),
+            ("make" if documents is None else "cut", beam.Map(per_bucket)),
+        ]
+        return self._run(name, found, sum(piece.n_bytes for piece in found), "B", transforms)
 
-    def _run(self, name: str, elements: list, transforms: list) -> dict[str, Any]:
+    def _marks(self, name: str) -> str:
+        return f"{self.folder}/marks-{name.replace(' ', '-')}"
+
+    def _run(
+        self, name: str, elements: list, total: int, unit: str, transforms: list[tuple[str, beam.PTransform]]
+    ) -> dict[str, Any]:
         """Run one straight line and return its summed counts; a worker's failure is raised here."""
-        counts_file = f"{self.buckets}/counts-{name.replace(' ', '-')}.parquet"
-        with beam.Pipeline(runner=self.options.runner, options=self.options.beam) as pipeline:
-            collection = pipeline | name >> beam.Create(elements, reshuffle=False)
-            for transform in transforms:
-                collection = collection | transform
+        counts_file = f"{self.folder}/counts-{name.replace(' ', '-')}.parquet"
+        with (
+            progress.shown(f"pairs: {name}", total, unit, self._marks(name)),
+            beam.Pipeline(runner=self.options.runner, options=self.options.beam) as pipeline,
+        ):
+            collection = pipeline | f"{name}: elements" >> beam.Create(elements)
+            for label, transform in transforms:
+                collection = collection | label >> transform
             _ = (
                 collection
                 | "sum" >> beam.CombineGlobally(SumCounts())
@@ -290,148 +434,104 @@ class Job:
         raise_failure(counts)
         return counts
 
-    def _write_rejects(self) -> None:
-        """The workers' rejects in one place, by file and line."""
-        parts = [read_parquet(path) for path in _match([f"{self.buckets}/rejects-*"], None)]
-        if parts:
-            rejects = pl.concat(parts).sort("file", "line")
-            write_parquet(rejects, str(self.out / "rejects-00000.parquet"))
 
-    def _first_reject(self) -> str:
-        first = read_parquet(str(self.out / "rejects-00000.parquet")).row(0, named=True)
-        return f"first {first['file']} line {first['line']}, {first['reason']}, {first['detail'][:120]}"
+# --- Plain functions ---------------------------------------------------------------------------------
 
 
-# --- Held-out spans and negatives: plain functions ---------------------------------------------------
-
-
-def held_out_spans(sessions: pl.LazyFrame, share: float) -> tuple[datetime | None, datetime | None]:
+def held_out_spans(files: Iterable[str], share: float) -> tuple[int | None, int | None]:
     """When the dev span and the test span begin, by the start of sessions that give pairs.
 
+    Args:
+        files: sessions as `CutBucket` leaves them.
+
     Returns:
-        (dev_start, test_start): the last `share` of those sessions start at test_start or later, the
-        `share` before them at dev_start or later; None for a span that would hold none.
+        (dev_start, test_start), microseconds since 1970: the last `share` of those sessions start at
+        test_start or later, the `share` before them at dev_start or later; None for a span that would hold
+        none.
     """
-    starts = (
-        sessions.filter(pl.col("document_ids").list.n_unique() > 1).select("start").collect()["start"].sort()
-    )
+    parts = [np.empty(0, np.int64)]
+    for path in files:
+        sessions = Sessions.from_arrow(storage.read_arrow(path))
+        parts.append(sessions.start[giving_pairs(sessions)])
+    starts = np.sort(np.concatenate(parts))
     n_held_out = int(len(starts) * share)
     if not n_held_out:
         return None, None
-    return starts[-2 * n_held_out], starts[-n_held_out]
+    return int(starts[-2 * n_held_out]), int(starts[-n_held_out])
 
 
-def document_popularity(sessions: pl.LazyFrame, before: datetime | None) -> pl.DataFrame:
-    """Who reads what, in the training span: later reading must not choose the negatives.
+def giving_pairs(sessions: Sessions) -> np.ndarray:
+    """Rows of the sessions with at least two different documents, ascending."""
+    session, _, _ = next_to_each_other(sessions)
+    return session[np.flatnonzero(np.diff(session, prepend=-1))]
+
+
+def next_to_each_other(sessions: Sessions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every two different documents that follow each other in a session, in reading order.
 
     Returns:
-        document_id (sorted), n_events, and reader: the only user who read it, or null for several.
+        (session, anchor, positive), int32 each: rows of `sessions` and of the documents table.
     """
-    if before is not None:
-        sessions = sessions.filter(pl.col("start") < before)
-    return (
-        sessions.select("user_id", document_id="document_ids")
-        .explode("document_id")
-        .group_by("document_id")
-        .agg(
-            n_events=pl.len(),
-            reader=pl.when(pl.col("user_id").n_unique() == 1).then(pl.col("user_id").first()),
-        )
-        .sort("document_id")
-        .collect()
-    )
+    session = np.repeat(np.arange(len(sessions), dtype=np.int32), sessions.lengths)
+    documents = sessions.documents
+    at = np.flatnonzero((session[1:] == session[:-1]) & (documents[1:] != documents[:-1]))
+    return session[at], documents[at], documents[at + 1]
 
 
-def neighbours(sessions: pl.DataFrame) -> pl.DataFrame:
-    """Documents next to each other in a session: (anchor_id, positive_id), each once a session."""
-    return (
-        sessions.select(
-            "session_id",
-            "user_id",
-            anchor_id=pl.col("document_ids").list.head(pl.col("document_ids").list.len() - 1),
-            positive_id=pl.col("document_ids").list.slice(1),
-        )
-        .filter(pl.col("anchor_id").list.len() > 0)
-        .explode("anchor_id", "positive_id")
-        .filter(pl.col("anchor_id") != pl.col("positive_id"))
-        .unique(["session_id", "anchor_id", "positive_id"], keep="first", maintain_order=True)
-    )
-
-
-def draw_negatives(
-    pairs: pl.DataFrame, sessions: pl.DataFrame, popularity: pl.DataFrame, seed: int, max_draws: int
-) -> pl.Series:
-    """For each pair a document of another user's session that the anchor's session does not hold.
-
-    Draw t of a pair is decided by a hash of (seed, session, anchor, positive, t) alone, so the order
-    and the bundling of the input change nothing. Documents are drawn as often as they are read.
+def ask(sessions: Sessions, hashes: np.ndarray, seed: int) -> tuple[np.ndarray, AskedPairs]:
+    """The pairs of sessions, each (session, anchor, positive) once, and the row of each one's session.
 
     Args:
-        pairs: session_id, user_id, anchor_id, positive_id.
-        sessions: session_id, document_ids: at least those of `pairs`.
-        popularity: as `document_popularity`.
-
-    Returns:
-        negative_id, null where `max_draws` draws found none.
+        hashes: uint64 (n_documents,), `stable_hash` of the document_ids.
     """
-    n = len(pairs)
-    chosen = np.full(n, -1, np.int64)
-    if n and len(popularity):
-        cumulative = popularity["n_events"].cum_sum().to_numpy().astype(np.uint64)
-        row_of = dict(zip(popularity["document_id"], range(len(popularity)), strict=True))
-        held = _held_rows(sessions, row_of, len(popularity))
-        session_row = dict(zip(sessions["session_id"], range(len(sessions)), strict=True))
-        session = np.fromiter((session_row[s] for s in pairs["session_id"]), np.int64, n)
-        sole = popularity["reader"]
-        key = _mix(
-            np.uint64(seed),
-            np.fromiter((int(s, 16) for s in pairs["session_id"]), np.uint64, n),
-            _hashes_of(pairs["anchor_id"]),
-            _hashes_of(pairs["positive_id"]),
-        )
-        open_ = np.arange(n)
-        for draw in range(max_draws):
-            at = _mix(key[open_], np.uint64(draw)) % cumulative[-1]
-            row = np.searchsorted(cumulative, at, side="right").astype(np.int64)
-            own = (sole.gather(row) == pairs["user_id"].gather(open_)).fill_null(False).to_numpy()
-            eligible = ~own & ~np.isin(session[open_] * len(popularity) + row, held)
-            chosen[open_[eligible]] = row[eligible]
-            open_ = open_[~eligible]
-            if not len(open_):
-                break
-    at = pl.Series(chosen)
-    return popularity["document_id"].gather(at.set(at < 0, None)).alias("negative_id")
+    session, anchor, positive = next_to_each_other(sessions)
+    key = mix(np.uint64(seed), sessions.session[session], hashes[anchor], hashes[positive])
+    first = np.flatnonzero(pl.Series(key).is_first_distinct().to_numpy())
+    session = session[first]
+    return session, AskedPairs(key[first], sessions.user[session], anchor[first], positive[first])
 
 
-def _held_rows(sessions: pl.DataFrame, row_of: dict[str, int], n_documents: int) -> np.ndarray:
-    """session row * n_documents + document row, for every document that a session holds."""
-    exploded = sessions.select(
-        session=pl.int_range(pl.len(), dtype=pl.Int64), document_id="document_ids"
-    ).explode("document_id")
-    rows = exploded["document_id"].replace_strict(row_of, default=None, return_dtype=pl.Int64)
-    keys = (exploded["session"] * n_documents + rows).drop_nulls()
-    return np.unique(keys.to_numpy())
+def add_popularity(parts: Iterable[pa.Table], n_documents: int) -> Popularity:
+    """The buckets' popularity in one; a user is in one bucket only."""
+    n_events, readers = np.zeros(n_documents, np.int64), np.zeros(n_documents, np.int64)
+    only_reader = np.zeros(n_documents, np.uint64)
+    for part in parts:
+        document = part["document"].to_numpy()
+        n_events[document] += part["n_events"].to_numpy()
+        readers[document] += np.where(part["only_reader"].to_numpy(), 1, 2)
+        only_reader[document] = part["only_reader"].to_numpy()
+    only_reader[readers != 1] = 0
+    return Popularity(n_events, only_reader)
 
 
-def _hashes_of(values: pl.Series) -> np.ndarray:
-    distinct = values.unique()
-    of = dict(zip(distinct, stable_hashes(distinct), strict=True))
-    return np.fromiter((of[value] for value in values), np.uint64, len(values))
+def write_bm25(texts: pa.Array, folder: str) -> None:
+    """The BM25 index of the documents, and the documents as queries, as arrays that workers map."""
+    index = Bm25.of(texts.to_pylist())
+    for name, table in (("scores", index.scores), ("counts", index.counts(texts.to_pylist()))):
+        for part in ("data", "indices", "indptr"):
+            storage.write_array(getattr(table, part), f"{folder}/bm25-{name}-{part}.npy")
+        storage.write_array(np.array(table.shape), f"{folder}/bm25-{name}-shape.npy")
 
 
-def _mix(*parts: Any) -> np.ndarray:
-    """One 64-bit hash of several, by the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
-    with np.errstate(over="ignore"):
-        mixed = np.zeros(1, np.uint64)
-        for part in parts:
-            mixed = (mixed ^ part) + np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed = mixed ^ (mixed >> np.uint64(31))
-    return mixed
+def rows_in(earlier: Embeddings, document_ids: pa.Array) -> np.ndarray:
+    """Where each document's vector is in an earlier run's matrix, int64 (n,); -1 for one it did not have."""
+    theirs = pl.read_parquet(earlier.path / "documents.parquet", columns=["document_id"])
+    theirs = theirs.with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
+    ours = pl.DataFrame({"document_id": pl.Series(document_ids)})
+    return (
+        ours.join(theirs, on="document_id", how="left", maintain_order="left")["row"].fill_null(-1).to_numpy()
+    )
 
 
-# --- What workers run ----------------------------------------------------------------------------------
+def _earlier(config: PairsConfig) -> Embeddings:
+    return Embeddings.open(Path(str(config.mined_from)) / "embeddings")
+
+
+def _iso(microseconds: int | None) -> str | None:
+    return None if microseconds is None else (EPOCH + timedelta(microseconds=microseconds)).isoformat()
+
+
+# --- What workers run --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -444,10 +544,168 @@ class MakeDocuments:
     def __call__(self, keyed: tuple[int, Iterable[Any]]) -> dict[str, Any]:
         return with_rows(keyed, self._make)
 
-    def _make(self, bucket: int, rows: pl.DataFrame) -> dict[str, Any]:
+    def _make(self, bucket: int, paths: list[str]) -> dict[str, Any]:
+        rows = pl.concat([pl.DataFrame(storage.read_arrow(path)) for path in paths])
         made, left_out = documents_.make(rows, self.min_readers)
-        write_parquet(made, f"{self.out}/documents-{bucket:05d}.parquet")
+        storage.write_parquet(made, f"{self.out}/documents-{bucket:05d}.parquet")
         return {"documents": len(made), "left_out": len(left_out)}
+
+
+def _number_of(sessions_file: str) -> str:
+    """The bucket in a file's name."""
+    return Path(sessions_file).name.split("-")[0]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Counts in one bucket how popular each document is, and writes which were read together, by ranges.
+
+    Attributes:
+        before: microseconds; only sessions that start earlier count for popularity (later reading must not
+            choose the negatives). What was read together counts whenever it was.
+        hard: strategies for whose pairs the anchors are noted.
+    """
+
+    folder: str
+    n_documents: int
+    n_ranges: int
+    before: int | None
+    seed: int
+    shares: tuple[tuple[str, float], ...]
+    hard: tuple[str, ...]
+
+    def __call__(self, sessions_file: str) -> list[tuple[int, Any]]:
+        """Sessions file -> (range, keys file) and (COUNTS, counts)."""
+        try:
+            return list(self._survey(sessions_file))
+        except (PipelineError, OSError) as error:
+            return [(COUNTS, failure(error))]
+
+    def _survey(self, sessions_file: str) -> Iterator[tuple[int, Any]]:
+        bucket = _number_of(sessions_file)
+        sessions = Sessions.from_arrow(storage.read_arrow(sessions_file))
+        storage.write_arrow(self._popularity(sessions), f"{self.folder}/popularity-{bucket}.arrow")
+        keys, long = co_reading.expand(sessions.session, sessions.offsets, sessions.documents)
+        limits = co_reading.bounds(self.n_ranges, self.n_documents)
+        for number, part in enumerate(co_reading.by_range(keys, limits)):
+            if len(part):
+                path = f"{self.folder}/keys-{number:05d}-{bucket}.npy"
+                storage.write_array(part, path)
+                yield number, path
+        if len(long):
+            storage.write_array(long, f"{self.folder}/long-{bucket}.npy")
+        if self.hard:
+            self._note_anchors(sessions, bucket)
+        progress.mark(f"{self.folder}/marks-survey", bucket, len(sessions), {})
+        yield COUNTS, {"long": len(np.unique(long["session"]))}
+
+    def _popularity(self, sessions: Sessions) -> pa.Table:
+        """document, n_events, and only_reader: the hash of the only user, or 0 for several."""
+        early = np.full(len(sessions), True) if self.before is None else sessions.start < self.before
+        documents = sessions.documents[np.repeat(early, sessions.lengths)]
+        users = np.repeat(sessions.user[early], sessions.lengths[early])
+        n_events = np.bincount(documents, minlength=self.n_documents)
+        reader = np.zeros(self.n_documents, np.uint64)
+        reader[documents] = users  # one of them
+        reader[documents[reader[documents] != users]] = 0  # and there is another
+        read = np.flatnonzero(n_events)
+        return pa.table(
+            {"document": read.astype(np.int32), "n_events": n_events[read], "only_reader": reader[read]}
+        )
+
+    def _note_anchors(self, sessions: Sessions, bucket: str) -> None:
+        hashes = only(storage.read_arrow(f"{self.folder}/documents.arrow")["hash"]).to_numpy()
+        _, pairs = ask(sessions, hashes, self.seed)
+        shares = dict(self.shares)
+        own = negatives.assign(pairs.key, shares)
+        for name in self.hard:
+            anchors = np.unique(pairs.anchor[own == list(shares).index(name)])
+            storage.write_array(anchors, f"{self.folder}/anchors-{name}-{bucket}.npy")
+
+
+@dataclass(frozen=True)
+class MergeRange:
+    """Merges all buckets' keys of one range into met-RRRRR.npy."""
+
+    folder: str
+
+    def __call__(self, keyed: tuple[int, Iterable[Any]]) -> dict[str, Any]:
+        return with_rows(keyed, self._merge)
+
+    def _merge(self, number: int, paths: list[str]) -> dict[str, Any]:
+        keys = co_reading.merge(storage.read_array(path) for path in paths)
+        storage.write_array(keys, f"{self.folder}/met-{number:05d}.npy")
+        for path in paths:
+            storage.remove(path)
+        return {"co_read": len(keys)}
+
+
+@dataclass(frozen=True)
+class MetFiles:
+    """Where the keys of documents that were read together are."""
+
+    folder: str
+    n_documents: int
+    n_ranges: int
+
+    def open(self) -> CoReading:
+        ranges = []
+        for number in range(self.n_ranges):
+            path = f"{self.folder}/met-{number:05d}.npy"
+            ranges.append(storage.read_array(path) if storage.names(path) else np.empty(0, np.uint64))
+        long = [storage.read_array(path) for path in storage.names(f"{self.folder}/long-*")]
+        limits = co_reading.bounds(self.n_ranges, self.n_documents)
+        long_sessions = np.concatenate([np.empty(0, co_reading.LONG), *long])
+        return CoReading.of(ranges, limits, long_sessions, self.n_documents)
+
+
+@dataclass(frozen=True)
+class FindCandidates:
+    """Finds the hard documents of a block of anchors and writes candidates-NAME-BBBBB.arrow."""
+
+    name: str  # "bm25" or "mined"
+    folder: str
+    met: MetFiles
+    n_candidates: int
+    mined_from: str | None
+
+    def __call__(self, numbered: tuple[int, np.ndarray]) -> dict[str, Any]:
+        number, anchors = numbered
+        try:
+            return self._find(number, anchors)
+        except (PipelineError, OSError) as error:
+            return failure(error)
+
+    def _find(self, number: int, anchors: np.ndarray) -> dict[str, Any]:
+        scores = (
+            bm25_scores(self.folder) if self.name == "bm25" else embedded(self.folder, self.mined_from).scores
+        )
+        met = self.met.open()
+        found = hard_negatives.best(anchors, scores, self.met.n_documents, self.n_candidates, met)
+        table = pa.table({"anchor": found.anchor, "document": found.document, "score": found.score})
+        storage.write_arrow(table, f"{self.folder}/candidates-{self.name}-{number:05d}.arrow")
+        progress.mark(f"{self.folder}/marks-candidates-{self.name}", f"{number:05d}", len(anchors), {})
+        return {"refused": found.n_refused}
+
+
+def bm25_scores(folder: str) -> hard_negatives.Scores:
+    """BM25 of documents against all documents, from the arrays of `write_bm25`."""
+    from scipy import sparse
+
+    def table(name: str) -> Any:
+        parts = (
+            storage.read_array(f"{folder}/bm25-{name}-{part}.npy") for part in ("data", "indices", "indptr")
+        )
+        shape = tuple(storage.read_array(f"{folder}/bm25-{name}-shape.npy"))
+        return sparse.csr_array(tuple(parts), shape=shape)
+
+    scores, counts = table("scores"), table("counts")
+    return lambda anchors: (counts[anchors] @ scores).toarray()
+
+
+def embedded(folder: str, mined_from: str | None) -> hard_negatives.EarlierEmbeddings:
+    matrix = np.load(Path(str(mined_from)) / "embeddings.npy", mmap_mode="r")
+    return hard_negatives.EarlierEmbeddings(matrix, storage.read_array(f"{folder}/mined-rows.npy"))
 
 
 @dataclass(frozen=True)
@@ -455,12 +713,15 @@ class DrawPairs:
     """Makes one bucket's pairs and writes them by span."""
 
     out: str
-    documents: str
-    popularity: str
-    dev_start: datetime | None
-    test_start: datetime | None
+    folder: str
+    met: MetFiles
+    shares: tuple[tuple[str, float], ...]
+    spans: tuple[int | None, int | None]  # dev_start, test_start: microseconds
     seed: int
     max_draws: int
+    popularity_exponent: float
+    max_positive_ratio: float
+    mined_from: str | None
 
     def __call__(self, sessions_file: str) -> dict[str, Any]:
         try:
@@ -469,65 +730,91 @@ class DrawPairs:
             return failure(error)
 
     def _draw(self, sessions_file: str) -> dict[str, Any]:
-        bucket = re.findall(r"\d+", Path(sessions_file).name)[0]
-        sessions = read_parquet(sessions_file)
-        pairs = neighbours(sessions)
-        negatives = draw_negatives(pairs, sessions, _cached(self.popularity), self.seed, self.max_draws)
-        pairs = pairs.with_columns(negatives).join(
-            sessions.select("session_id", "start"), on="session_id", how="left", maintain_order="left"
-        )
-        lost = pairs.filter(pl.col("negative_id").is_null()).drop("negative_id")
-        counts = {"no_negative": len(lost)}
+        bucket = _number_of(sessions_file)
+        sessions = Sessions.from_arrow(storage.read_arrow(sessions_file))
+        documents = storage.read_arrow(f"{self.folder}/documents.arrow")
+        session, pairs = ask(sessions, only(documents["hash"]).to_numpy(), self.seed)
+        draws, met = strategies(self)
+        negative, counts = negatives.choose(pairs, dict(self.shares), draws, met, self.max_draws)
+        lost = np.flatnonzero(negative == NONE)
+        counts["no_negative"] = len(lost)
+        table = self._table(sessions, session, pairs, negative, documents)
         if len(lost):
-            rejects = events_.rejects_of(lost.with_columns(reason=pl.lit("no_negative")), None)
-            write_parquet(rejects, f"{self.out}/rejects-pairs-{bucket}.parquet")
-        found = self._with_texts(pairs.filter(pl.col("negative_id").is_not_null()))
-        for span, rows in zip(SPANS, self._by_span(found), strict=True):
+            ids = ["session_id", "user_id", "anchor_id", "positive_id"]
+            missing = pl.DataFrame(table(lost).select(ids)).with_columns(pl.all().cast(pl.String))
+            rejects = events_.rejects_of(missing.with_columns(reason=pl.lit("no_negative")), None)
+            storage.write_parquet(rejects, f"{self.out}/rejects-pairs-{bucket}.parquet")
+        for name, rows in zip(SPANS, self._by_span(sessions.start[session], negative), strict=True):
             if len(rows):
-                write_parquet(rows.select(PAIR_COLUMNS), f"{self.out}/{span}-{bucket}.parquet")
-            counts[span] = len(rows)
+                storage.write_dictionaries(table(rows), f"{self.out}/{name}-{bucket}.parquet")
+            counts[name] = len(rows)
+        progress.mark(f"{self.folder}/marks-pairs", bucket, len(sessions), {"pairs": len(pairs)})
         return counts
 
-    def _with_texts(self, pairs: pl.DataFrame) -> pl.DataFrame:
-        texts = _cached(self.documents).select("document_id", "text")
-        for name in ("anchor", "positive", "negative"):
-            of = texts.rename({"document_id": f"{name}_id", "text": name})
-            pairs = pairs.join(of, on=f"{name}_id", how="left", maintain_order="left")
-        return pairs
+    def _table(
+        self,
+        sessions: Sessions,
+        session: np.ndarray,
+        pairs: AskedPairs,
+        negative: np.ndarray,
+        documents: pa.Table,
+    ) -> Callable[[np.ndarray], pa.Table]:
+        """PAIR_COLUMNS at some rows of the pairs; a missing negative stands as the anchor."""
+        texts, ids = only(documents["text"]), only(documents["document_id"])
+        same_text = only(documents["same_text"]).to_numpy()
+        found = np.where(negative == NONE, pairs.anchor, negative)
+        of_user = sessions.first_of_user[session]
 
-    def _by_span(self, pairs: pl.DataFrame) -> Iterator[pl.DataFrame]:
-        start = pl.col("start")
-        is_test = start >= self.test_start if self.test_start else pl.lit(False)
-        is_dev = (start >= self.dev_start if self.dev_start else pl.lit(False)) & ~is_test
-        yield pairs.filter(~is_dev & ~is_test)
-        yield pairs.filter(is_dev)
-        yield pairs.filter(is_test)
+        def table(rows: np.ndarray) -> pa.Table:
+            columns: dict[str, pa.Array] = {}
+            for name, of in (("anchor", pairs.anchor), ("positive", pairs.positive), ("negative", found)):
+                columns[name] = as_dictionary(same_text[of[rows]], texts)
+                columns[f"{name}_id"] = as_dictionary(of[rows], ids)
+            columns["session_id"] = as_dictionary(session[rows], sessions.session_id)
+            columns["user_id"] = as_dictionary(of_user[rows], sessions.user_id)
+            return pa.table({name: columns[name] for name in PAIR_COLUMNS})
 
+        return table
 
-@lru_cache(maxsize=4)
-def _cached(path: str) -> pl.DataFrame:
-    """A table that every bucket of this worker needs."""
-    return read_parquet(path)
-
-
-def write_counts(counts: dict[str, Any], path: str) -> None:
-    failed = counts.pop("failure", None)
-    rows = {"name": list(counts), "count": list(counts.values())}
-    table = pl.DataFrame(rows, {"name": pl.String, "count": pl.Int64})
-    if failed:
-        table = pl.concat([table, pl.DataFrame({"name": [f"failure:{failed[1]}"], "count": [failed[0]]})])
-    write_parquet(table, path)
-
-
-def read_counts(path: str) -> dict[str, Any]:
-    counts: dict[str, Any] = dict(read_parquet(path).iter_rows())
-    for name in [name for name in counts if name.startswith("failure:")]:
-        counts["failure"] = [counts.pop(name), name.removeprefix("failure:")]
-    return counts
+    def _by_span(self, start: np.ndarray, negative: np.ndarray) -> Iterator[np.ndarray]:
+        """Rows of the pairs with a negative: for training, dev and test."""
+        dev_start, test_start = self.spans
+        is_test = start >= test_start if test_start is not None else np.zeros(len(start), bool)
+        is_dev = (start >= dev_start if dev_start is not None else np.zeros(len(start), bool)) & ~is_test
+        for of_span in (~is_dev & ~is_test, is_dev, is_test):
+            yield np.flatnonzero(of_span & (negative != NONE))
 
 
-def _by_prefix(counts: Mapping[str, Any], prefix: str) -> dict[str, int]:
-    return {name.removeprefix(prefix): n for name, n in sorted(counts.items()) if name.startswith(prefix)}
+@lru_cache(maxsize=1)
+def strategies(draw: DrawPairs) -> tuple[dict[str, negatives.Draw], CoReading]:
+    """What every bucket of this worker draws from."""
+    n_documents = draw.met.n_documents
+    draws: dict[str, negatives.Draw] = {}
+    for name, _ in draw.shares:
+        if name == "random":
+            draws[name] = negatives.draw_random(n_documents)
+        elif name == "cross_user":
+            n_events = storage.read_array(f"{draw.folder}/n_events.npy")
+            only_reader = storage.read_array(f"{draw.folder}/only_reader.npy")
+            draws[name] = negatives.draw_cross_user(
+                Popularity(n_events, only_reader), draw.popularity_exponent
+            )
+        elif name == "bm25":
+            draws[name] = negatives.draw_bm25(candidates(draw.folder, name, n_documents))
+        else:
+            score = embedded(draw.folder, draw.mined_from).score
+            mined = candidates(draw.folder, name, n_documents)
+            draws[name] = negatives.draw_mined(mined, score, draw.max_positive_ratio)
+    return draws, draw.met.open()
+
+
+def candidates(folder: str, strategy: str, n_documents: int) -> negatives.Candidates:
+    parts = []
+    for path in storage.names(f"{folder}/candidates-{strategy}-*"):
+        table = storage.read_arrow(path)
+        anchor, document, score = (only(table[name]).to_numpy() for name in table.column_names)
+        parts.append(hard_negatives.Found(anchor, document, score, n_refused=0))
+    return hard_negatives.by_anchor(parts, n_documents)
 
 
 # --- Options and paths ---------------------------------------------------------------------------------
@@ -566,36 +853,7 @@ def parse_options(flags: Sequence[str]) -> Options:
     return Options(PipelineOptions(list(flags), runner=runner), runner)
 
 
-def _match(patterns: Iterable[str], setting: str | None) -> list[str]:
-    """All files of the globs, sorted; each must match, unless `setting` is None."""
-    found: list[str] = []
-    for pattern in patterns:
-        try:
-            (match,) = FileSystems.match([pattern])
-        except (BeamIOError, ValueError) as error:
-            raise InputError(f"{setting}: {pattern}: {' '.join(str(error).split())[:300]}") from None
-        paths = sorted(metadata.path for metadata in match.metadata_list)
-        if not paths and setting is not None:
-            raise InputError(f"{setting}: {pattern}: no such file")
-        folders = [path for path in paths if "://" not in path and Path(path).is_dir()]
-        if folders:
-            raise InputError(
-                f"{setting}: {folders[0]} is a folder; give its files, as in {folders[0]}/*.jsonl.gz"
-            )
-        found += paths
-    return found
-
-
 @lru_cache(maxsize=4096)
 def _digest(path: str) -> str:
-    """Content of a local file; elsewhere what the file system says of its content."""
-    if "://" not in path:
-        return sha256(Path(path))
-    (match,) = FileSystems.match([path])
-    (metadata,) = match.metadata_list
-    return f"{FileSystems.checksum(path)}-{metadata.size_in_bytes}-{metadata.last_updated_in_seconds}"
-
-
-def _make_folder(path: str) -> None:
-    if not FileSystems.exists(path):
-        FileSystems.mkdirs(path)
+    """Asked twice in a run: once to tell whether anything changed, once for the manifest."""
+    return storage.digest(path)

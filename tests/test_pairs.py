@@ -1,39 +1,40 @@
 """Stage `pairs`: the real Beam job on small logs, and the drawing of negatives by itself."""
 
 import json
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pipeline import config, pairs
+from pipeline import config, pairs, storage
 from pipeline.artifacts import Pairs
 from pipeline.errors import ConfigError, InputError
-
-START = datetime(2026, 11, 21, tzinfo=UTC)
-
-
-def sessions_of(*rows: tuple[str, str, list[str]]) -> pl.DataFrame:
-    """(session_id as a hexadecimal number, user_id, document_ids)"""
-    full = [(s, u, START, START, d) for s, u, d in rows]
-    schema = {
-        "session_id": pl.String,
-        "user_id": pl.String,
-        "start": pl.Datetime("us", "UTC"),
-        "end": pl.Datetime("us", "UTC"),
-        "document_ids": pl.List(pl.String),
-    }
-    return pl.DataFrame(full, schema, orient="row")
+from pipeline.hashing import stable_hash
+from pipeline.sessions import Sessions, as_dictionary
 
 
-def draw(sessions: pl.DataFrame, seed: int = 7, max_draws: int = 20) -> pl.DataFrame:
-    found = pairs.neighbours(sessions)
-    popularity = pairs.document_popularity(sessions.lazy(), None)
-    return found.with_columns(pairs.draw_negatives(found, sessions, popularity, seed, max_draws))
+def sessions_of(*rows: tuple[str, list[int]], hours: list[int] | None = None) -> Sessions:
+    """(user_id, documents) of each session, an hour after the one before."""
+    hours = hours or list(range(len(rows)))
+    start = np.array(hours) * 3_600_000_000
+    users = pl.DataFrame({"user_id": [user for user, _ in rows]})
+    return Sessions(
+        session=np.arange(len(rows), dtype=np.uint64),
+        user=users.select(stable_hash("user_id")).to_series().to_numpy(),
+        user_id=users["user_id"].to_arrow(),
+        start=start,
+        end=start,
+        offsets=np.cumsum([0] + [len(documents) for _, documents in rows]).astype(np.int32),
+        documents=np.array([d for _, documents in rows for d in documents], np.int32),
+    )
+
+
+def asked(sessions: Sessions) -> list[tuple[int, int, int]]:
+    session, found = pairs.ask(sessions, np.arange(100, dtype=np.uint64), seed=7)
+    return list(zip(session.tolist(), found.anchor.tolist(), found.positive.tolist(), strict=True))
 
 
 def run(tmp_path: Path, name: str = "pairs", options: tuple[str, ...] = (), **sections: dict) -> Pairs:
@@ -45,91 +46,40 @@ def run(tmp_path: Path, name: str = "pairs", options: tuple[str, ...] = (), **se
 
 
 def test_neighbours_are_pairs_in_reading_order():
-    found = pairs.neighbours(sessions_of(("1", "u", ["a", "b", "c"])))
-    assert found.select("anchor_id", "positive_id").rows() == [("a", "b"), ("b", "c")]
+    assert asked(sessions_of(("u", [1, 2, 3]))) == [(0, 1, 2), (0, 2, 3)]
 
 
 def test_a_document_with_itself_is_no_pair_and_a_pair_counts_once_a_session():
-    found = pairs.neighbours(sessions_of(("1", "u", ["a", "a", "b", "a", "b"]), ("2", "u", ["a", "b"])))
-    assert found.select("session_id", "anchor_id", "positive_id").rows() == [
-        ("1", "a", "b"),
-        ("1", "b", "a"),
-        ("2", "a", "b"),
-    ]
+    assert asked(sessions_of(("u", [1, 1, 2, 1, 2]), ("u", [1, 2]))) == [(0, 1, 2), (0, 2, 1), (1, 1, 2)]
 
 
 def test_a_session_of_one_document_gives_no_pair():
-    assert pairs.neighbours(sessions_of(("1", "u", ["a"]), ("2", "u", ["a", "a"]))).is_empty()
+    sessions = sessions_of(("u", [1]), ("u", [1, 1]), ("u", [1, 2, 1]))
+    assert asked(sessions) == [(2, 1, 2), (2, 2, 1)]
+    assert pairs.giving_pairs(sessions).tolist() == [2]
 
 
-SESSIONS = st.lists(
-    st.tuples(st.sampled_from("uvwx"), st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=6)),
-    min_size=1,
-    max_size=12,
-).map(lambda found: sessions_of(*((f"{n:x}", user, ids) for n, (user, ids) in enumerate(found))))
+def held_out(tmp_path: Path, sessions: Sessions, share: float) -> tuple[int | None, int | None]:
+    storage.write_arrow(sessions.to_arrow(), str(tmp_path / "00000-sessions.arrow"))
+    return pairs.held_out_spans([str(tmp_path / "00000-sessions.arrow")], share)
 
 
-@given(SESSIONS)
-def test_a_negative_is_read_by_another_user_and_not_in_the_anchors_session(sessions):
-    held = dict(zip(sessions["session_id"], sessions["document_ids"].to_list(), strict=True))
-    readers: dict[str, set[str]] = {}
-    for user, ids in sessions.select("user_id", "document_ids").iter_rows():
-        for document_id in ids:
-            readers.setdefault(document_id, set()).add(user)
-    for row in draw(sessions).iter_rows(named=True):
-        eligible = {
-            d
-            for d, users in readers.items()
-            if users != {row["user_id"]} and d not in held[row["session_id"]]
-        }
-        if row["negative_id"] is None:
-            # twenty draws among at most eight documents miss the only eligible one now and then
-            assert len(eligible) < 4
-        else:
-            assert row["negative_id"] in eligible
-
-
-@given(SESSIONS, st.randoms(use_true_random=False))
-def test_the_order_of_the_sessions_changes_no_negative(sessions, random):
-    order = list(range(len(sessions)))
-    random.shuffle(order)
-    one, other = draw(sessions), draw(sessions[order])
-    by = ["session_id", "anchor_id", "positive_id"]
-    assert one.sort(by).rows() == other.sort(by).rows()
-
-
-def test_another_seed_draws_others():
-    sessions = sessions_of(*((f"{n:x}", f"u{n}", [f"d{n}", f"d{n + 1}", f"d{n + 2}"]) for n in range(40)))
-    assert draw(sessions, seed=1).rows() == draw(sessions, seed=1).rows()
-    assert draw(sessions, seed=1).rows() != draw(sessions, seed=2).rows()
-
-
-def test_negatives_are_drawn_as_often_as_documents_are_read():
-    popular = [(f"{n:x}", f"u{n}", ["hit"]) for n in range(300)] + [
-        (f"{n:x}", f"u{n}", ["rare"]) for n in range(300, 400)
-    ]
-    asking = [(f"{n:x}", f"u{n}", [f"a{n}", f"b{n}"]) for n in range(400, 2400)]
-    drawn = draw(sessions_of(*popular, *asking))["negative_id"].value_counts()
-    counts = dict(drawn.iter_rows())
-    # 300 readings against 100, drawn about 136 and 45 times: three standard deviations apart
-    assert counts["hit"] > 1.8 * counts["rare"]
-
-
-def test_a_reader_alone_has_no_negative():
-    assert draw(sessions_of(("1", "u", ["a", "b"]), ("2", "u", ["c"])))["negative_id"].to_list() == [None]
-
-
-def test_spans_are_cut_by_time_and_by_sessions_that_give_pairs():
-    sessions = sessions_of(*((f"{n:x}", "u", ["a", "b"] if n % 2 else ["a"]) for n in range(40)))
-    starts = [START + timedelta(hours=n) for n in range(40)]
-    sessions = sessions.with_columns(start=pl.Series(starts, dtype=pl.Datetime("us", "UTC")))
+def test_spans_are_cut_by_time_and_by_sessions_that_give_pairs(tmp_path):
+    sessions = sessions_of(*(("u", [1, 2] if n % 2 else [1]) for n in range(40)))
     # 20 sessions with pairs, at the odd hours: the last two are test, the two before them dev
-    dev_start, test_start = pairs.held_out_spans(sessions.lazy(), 0.1)
-    assert (dev_start, test_start) == (START + timedelta(hours=33), START + timedelta(hours=37))
+    assert held_out(tmp_path, sessions, 0.1) == (33 * 3_600_000_000, 37 * 3_600_000_000)
 
 
-def test_too_few_sessions_leave_nothing_held_out():
-    assert pairs.held_out_spans(sessions_of(("1", "u", ["a", "b"])).lazy(), 0.1) == (None, None)
+def test_too_few_sessions_leave_nothing_held_out(tmp_path):
+    assert held_out(tmp_path, sessions_of(("u", [1, 2])), 0.1) == (None, None)
+
+
+def test_a_text_that_stands_often_is_stored_once_and_read_back_as_text(tmp_path):
+    path = str(tmp_path / "texts.parquet")
+    texts = pa.array(["one", "two", "never"])
+    storage.write_dictionaries(pa.table({"text": as_dictionary(np.array([1, 0, 1]), texts)}), path)
+    assert pq.read_table(path).to_pydict() == {"text": ["two", "one", "two"]}
+    assert pq.read_schema(path).field("text").type == pa.string()
 
 
 # --- The Beam job ---------------------------------------------------------------------------------------
@@ -215,6 +165,28 @@ def test_rejects_name_file_line_and_reason(tmp_path, log):
         {"file": str(tmp_path / "log.jsonl"), "line": 901, "reason": "not_json"},
         {"file": str(tmp_path / "log.jsonl"), "line": 902, "reason": "unknown_document"},
     ]
+
+
+@pytest.mark.slow
+def test_a_crawler_is_set_aside_with_its_count_and_stops_nothing(tmp_path, log):
+    crawler = [
+        {"user_id": "crawler", "document_id": f"sea.{n % 10}", "timestamp": 1_750_000_000 + n}
+        for n in range(40)
+    ]
+    lines = [json.dumps(row) for row in crawler] + (log / "events.jsonl").read_text().splitlines()
+    for part in range(3):  # thirteen or fourteen of its events a file: too many only with all of them
+        (tmp_path / f"log{part}.jsonl").write_text("\n".join(lines[part::3]))
+    made = run(
+        tmp_path,
+        events={"paths": [str(tmp_path / "log*.jsonl")]},
+        documents={"paths": [str(log / "documents.jsonl")]},
+        pairs={"max_events_per_user": 30},
+    )
+    assert made.facts["events"] == {"read": 940, "in_sessions": 900, "duplicates": 0, "rejected": 40}
+    assert made.facts["rejects"] == {"too_many_events": 40}
+    (row,) = made.read("rejects").to_pylist()
+    assert (row["file"], row["line"], row["reason"]) == (None, None, "too_many_events")
+    assert json.loads(row["detail"]) == {"user_id": "crawler", "events": "40", "most_in_a_day": "40"}
 
 
 @pytest.mark.slow

@@ -98,6 +98,7 @@ REPORT: dict[str, Any] = {
         "events": {"read": 129307, "duplicates": 31},
         "rejects": {"bad_timestamp": 9},
         "rows": {"sessions": 92, "pairs": 50},
+        "negatives": {"cross_user": {"given": 4321, "refused": 17}},
         "gap_duration": 1800,
         "test_start": "2026-02-01T00:00:00Z",
     },

@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import apache_beam as beam
 import polars as pl
+import pyarrow as pa
 import pytest
 from apache_beam.testing.test_pipeline import TestPipeline as BeamPipeline
 from apache_beam.testing.util import assert_that, equal_to
@@ -11,27 +12,34 @@ from apache_beam.transforms import window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import InputError, PipelineError
-from pipeline.sessions import SumCounts, add_counts, by_bucket, cut, failure, raise_failure, stable_hash
+from pipeline.sessions import by_bucket, coded, cut, set_aside
 
 GAP = 1800
-SCHEMA = {
-    "user_id": pl.String,
-    "document_id": pl.String,
-    "timestamp": pl.Datetime("us", "UTC"),
-    "text": pl.String,
-}
+DOCUMENTS = "abcdexy"  # a document's row is its place here
+START = datetime(2026, 11, 21, tzinfo=UTC)
 
 
 def events(*rows: tuple) -> pl.DataFrame:
-    """(user, document, seconds[, text]) rows as the reader gives them."""
-    start = datetime(2026, 11, 21, tzinfo=UTC)
-    full = [(u, d, start + timedelta(seconds=s), *(text or [None])) for u, d, s, *text in rows]
-    return pl.DataFrame(full, SCHEMA, orient="row")
+    """(user, document, seconds[, text]) rows as they stand in a bucket."""
+    full = [
+        (u, DOCUMENTS.index(d), START + timedelta(seconds=s), *(text or [None])) for u, d, s, *text in rows
+    ]
+    schema = {
+        "user_id": pl.String,
+        "document": pl.Int32,
+        "timestamp": pl.Datetime("us", "UTC"),
+        "text": pl.String,
+    }
+    return coded(pl.DataFrame(full, schema, orient="row"))
+
+
+def table(rows: pl.DataFrame) -> pl.DataFrame:
+    """The sessions as people read them."""
+    return pl.DataFrame(cut(rows, GAP)[0].table(pa.array(list(DOCUMENTS))))
 
 
 def documents_of(rows: pl.DataFrame) -> list[list[str]]:
-    return cut(rows, GAP)[0]["document_ids"].to_list()
+    return table(rows)["document_ids"].to_list()
 
 
 @pytest.mark.parametrize(("gap", "n_sessions"), [(1799, 1), (1800, 2), (1801, 2)])
@@ -49,6 +57,12 @@ def test_users_are_apart_even_when_they_differ_only_in_case_or_form():
     assert len(documents_of(rows)) == 5
 
 
+def test_two_users_with_one_hash_stay_apart():
+    rows = events(("u", "a", 0), ("v", "b", 1), ("u", "c", 2), ("v", "d", 3))
+    collided = rows.with_columns(user=pl.lit(7, pl.UInt64))
+    assert sorted(documents_of(collided)) == [["a", "c"], ["b", "d"]]
+
+
 def test_equal_times_are_ordered_by_document():
     assert documents_of(events(("u", "b", 0), ("u", "a", 0), ("u", "c", 0))) == [["a", "b", "c"]]
 
@@ -59,19 +73,19 @@ def test_a_duplicate_has_the_same_user_document_time_and_text():
     )
     sessions, n_duplicates = cut(rows, GAP)
     assert n_duplicates == 1
-    assert sessions["document_ids"].list.len().sum() == 4
+    assert len(sessions.documents) == 4
 
 
 def test_a_session_goes_over_midnight_and_ends_at_its_last_event():
-    sessions, _ = cut(events(("u", "a", 86_390), ("u", "b", 86_410)), GAP)
+    sessions = table(events(("u", "a", 86_390), ("u", "b", 86_410)))
     assert sessions.select("start", "end").rows() == [
         (datetime(2026, 11, 21, 23, 59, 50, tzinfo=UTC), datetime(2026, 11, 22, 0, 0, 10, tzinfo=UTC))
     ]
 
 
 def test_a_session_id_depends_on_user_and_start_alone():
-    one, _ = cut(events(("u", "a", 0), ("u", "b", 5)), GAP)
-    other, _ = cut(events(("t", "x", 0), ("u", "a", 0), ("u", "c", 9)), GAP)
+    one = table(events(("u", "a", 0), ("u", "b", 5)))
+    other = table(events(("t", "x", 0), ("u", "a", 0), ("u", "c", 9)))
     assert one["session_id"].to_list() == other.filter(pl.col("user_id") == "u")["session_id"].to_list()
 
 
@@ -112,7 +126,7 @@ ROWS = st.lists(
 @given(ROWS)
 @settings(max_examples=20, deadline=None)
 def test_the_columnar_cut_equals_beams_session_windows(rows):
-    found = cut(events(*rows), GAP)[0]
+    found = table(events(*rows))
     pairs = sorted(zip(found["user_id"].to_list(), found["document_ids"].to_list(), strict=True))
     with BeamPipeline() as pipeline:
         oracle = pipeline | beam.Create(rows) | TextbookSessions()
@@ -123,39 +137,27 @@ def test_the_columnar_cut_equals_beams_session_windows(rows):
 def test_the_order_of_the_rows_changes_nothing(rows, random):
     shuffled = list(rows)
     random.shuffle(shuffled)
-    assert cut(events(*shuffled), GAP)[0].rows() == cut(events(*rows), GAP)[0].rows()
+    assert table(events(*shuffled)).rows() == table(events(*rows)).rows()
 
 
 @given(ROWS, st.integers(1, 5))
 def test_every_row_is_in_one_bucket_and_a_user_in_one_bucket(rows, n_buckets):
-    table = events(*rows)
-    parts = dict(by_bucket(table, "user_id", n_buckets))
-    assert sum(len(part) for part in parts.values()) == len(table)
+    parts = dict(by_bucket(events(*rows), "user_id", n_buckets))
+    assert sum(len(part) for part in parts.values()) == len(rows)
     users = [user for part in parts.values() for user in part["user_id"].unique()]
     assert len(users) == len(set(users))
     assert all(0 <= bucket < n_buckets for bucket in parts)
 
 
-def test_the_hash_is_the_same_in_every_release():
-    # BLAKE2b of "user" cut to 8 bytes, as `b2sum -l 64` prints it
-    assert stable_hash("user").to_bytes(8, "little").hex() == "afdf5c9a7bd48d63"
+def test_a_user_with_more_events_on_a_day_than_allowed_is_set_aside_with_all_days():
+    many = [("crawler", "a", second) for second in (0, 1, 2)] + [("crawler", "b", 90_000)]
+    spread = [("reader", "a", day * 86_400) for day in range(4)]
+    rows, crowded = set_aside(events(*many, *spread), 2)
+    assert set(rows["user_id"]) == {"reader"}
+    # 2026-11-21 is day 20,778 since 1970
+    assert crowded.rows() == [("crawler", 20_778, 3), ("crawler", 20_779, 1)]
 
 
-def test_counts_add_up_and_the_first_failure_stays():
-    assert add_counts([{"read": 1}, {"read": 2, "rejected": 1}]) == {"read": 3, "rejected": 1}
-    first = failure(InputError("first"))
-    total = add_counts([first, failure(PipelineError("second"))])
-    with pytest.raises(InputError, match="first"):
-        raise_failure(total)
-
-
-@pytest.mark.slow
-def test_counts_combine_in_beam():
-    with BeamPipeline() as pipeline:
-        total = pipeline | beam.Create([{"read": n} for n in range(10)]) | beam.CombineGlobally(SumCounts())
-        assert_that(total, equal_to([{"read": 45}]))
-
-
-def test_a_full_disk_in_a_worker_is_bad_input_not_a_fault():
-    with pytest.raises(InputError, match="the disk is full"):
-        raise_failure(failure(OSError(28, "No space left on device")))
+def test_exactly_as_many_as_allowed_are_kept():
+    rows, crowded = set_aside(events(("u", "a", 0), ("u", "a", 1)), 2)
+    assert (len(rows), len(crowded)) == (2, 0)

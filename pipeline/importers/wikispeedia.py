@@ -9,31 +9,19 @@ import gzip
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
+import pyarrow as pa
+
 from pipeline.errors import InputError
+from pipeline.importers.tables import Event, Tables, writing
 
 PATHS = ("paths_finished.tsv", "paths_unfinished.tsv")
 N_FIELDS = {"paths_finished.tsv": 5, "paths_unfinished.tsv": 6, "articles.tsv": 1, "categories.tsv": 2}
 MAX_SECONDS = 253_402_300_800  # the year 10000, where datetime ends
-DETAIL_LENGTH = 500  # characters of a rejected line that are kept
-
-
-@dataclass
-class Rejects:
-    """Lines that could not be used: file, line, reason, detail."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    n_lines: int = 0  # read in all
-
-    def add(self, file: Path, line: int, reason: str, detail: str) -> None:
-        self.rows.append(
-            {"file": str(file), "line": line, "reason": reason, "detail": detail[:DETAIL_LENGTH]}
-        )
+DOCUMENTS = pa.schema({"document_id": pa.string(), "title": pa.string(), "categories": pa.string()})
 
 
 def read(folder: Path, out: Path, max_rejected_share: float = 0.01) -> dict[str, int]:
@@ -44,7 +32,7 @@ def read(folder: Path, out: Path, max_rejected_share: float = 0.01) -> dict[str,
             both; each may be compressed (.gz).
 
     events.parquet:    user_id str (hashed address), document_id str (the article's name as published),
-                       timestamp timestamp[us, UTC]; by user and time.
+                       timestamp timestamp[us, UTC], text null; by user and time.
     documents.parquet: document_id, title str (decoded), categories str ("A > B; C"): all listed articles,
                        read or not, for an index must also find what nobody has opened yet.
     rejects.parquet:   file str, line int64, reason str, detail str: every line that could not be used.
@@ -56,38 +44,37 @@ def read(folder: Path, out: Path, max_rejected_share: float = 0.01) -> dict[str,
         InputError: a file is missing or damaged, or more than `max_rejected_share` of the lines is bad.
     """
     folder, out = Path(folder), Path(out)
-    rejects = Rejects()
-    events: list[tuple[str, int, str]] = []
-    n_games = 0
     paths = [path for name in PATHS if (path := _find(folder, name))]
     if not paths:
         raise InputError(f"{folder} has neither {PATHS[0]} nor {PATHS[1]} (or .gz); download one of them")
-    for path in paths:
-        for clicks in _games(path, rejects):
-            n_games += 1
-            events += clicks
-    titles = _documents(folder, sorted({article for _, _, article in events}), rejects)
-    _check_share(rejects, max_rejected_share)
-    _write_all(out, sorted(events), titles, rejects)
+    with writing(out, documents=DOCUMENTS) as tables:
+        games = [game for path in paths for game in _games(path, tables)]
+        clicks = sorted(click for game in games for click in game)
+        articles = {article for _, _, article in clicks}
+        for document in _documents(folder, articles, tables):
+            tables.document(document)
+        tables.check(max_rejected_share)
+        for user, second, article in clicks:
+            tables.event(Event(user, article, datetime.fromtimestamp(second, UTC), None))
     return {
-        "events": len(events),
-        "readers": len({user for user, _, _ in events}),
-        "games": n_games,
-        "articles_read": len({article for _, _, article in events}),
-        "documents": len(titles),
-        "rejects": len(rejects.rows),
+        "events": tables.counts.events,
+        "readers": tables.counts.readers,
+        "games": len(games),
+        "articles_read": len(articles),
+        "documents": tables.counts.documents,
+        "rejects": tables.counts.rejects.total(),
     }
 
 
-def _games(path: Path, rejects: Rejects) -> Iterator[list[tuple[str, int, str]]]:
+def _games(path: Path, tables: Tables) -> Iterator[list[tuple[str, int, str]]]:
     """The clicks (user_id, epoch second, article) of each game; its rating or type of end is not used."""
-    for line, fields in _lines(path, rejects):
+    for line, fields in _lines(path, tables):
         user, end, duration, steps = fields[:4]
         try:
             visits = visited(steps)
             times = spread(_whole(end), _whole(duration), len(visits))
         except ValueError as error:
-            rejects.add(path, line, "bad_game", f"{error}: " + "\t".join(fields))
+            tables.reject(path, line, "bad_game", f"{error}: " + "\t".join(fields))
             continue
         yield [(user, time, article) for time, article in zip(times, visits, strict=True)]
 
@@ -131,13 +118,13 @@ def spread(end: int, duration: int, n_clicks: int) -> list[int]:
     return [start + i * duration // n_clicks for i in range(n_clicks)]
 
 
-def _documents(folder: Path, clicked: list[str], rejects: Rejects) -> list[tuple[str, str, str]]:
+def _documents(folder: Path, clicked: set[str], tables: Tables) -> list[tuple[str, str, str]]:
     """(document_id, title, categories) of every article that is listed or was clicked, sorted by id."""
-    articles = {fields[0] for _, fields in _lines(_need(folder, "articles.tsv"), rejects)}
+    articles = {fields[0] for _, fields in _lines(_need(folder, "articles.tsv"), tables)}
     categories: dict[str, list[str]] = defaultdict(list)
-    for _, (article, category) in _lines(_need(folder, "categories.tsv"), rejects):
+    for _, (article, category) in _lines(_need(folder, "categories.tsv"), tables):
         categories[article].append(readable_category(category))
-    return [(a, title(a), "; ".join(categories.get(a, ()))) for a in sorted(articles | set(clicked))]
+    return [(a, title(a), "; ".join(categories.get(a, ()))) for a in sorted(articles | clicked)]
 
 
 def title(article: str) -> str:
@@ -163,7 +150,7 @@ def _need(folder: Path, name: str) -> Path:
     return path
 
 
-def _lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, list[str]]]:
+def _lines(path: Path, tables: Tables) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of every line but comments and blank ones; another number of fields is bad."""
     n_fields = N_FIELDS[path.name.removesuffix(".gz")]
     opener = gzip.open if path.suffix == ".gz" else open
@@ -172,69 +159,17 @@ def _lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, list[str]]]:
             for number, raw in enumerate(file, start=1):
                 if not raw.strip() or raw.startswith(b"#"):
                     continue
-                rejects.n_lines += 1
+                tables.counts.lines += 1
                 try:
                     fields = raw.decode("utf-8").rstrip("\r\n").split("\t")
                 except UnicodeDecodeError:
-                    rejects.add(path, number, "not_utf8", raw.decode("utf-8", errors="replace"))
+                    tables.reject(path, number, "not_utf8", raw.decode("utf-8", errors="replace"))
                     continue
                 if len(fields) != n_fields:
-                    rejects.add(path, number, f"not_{n_fields}_fields", "\t".join(fields))
+                    tables.reject(path, number, f"not_{n_fields}_fields", "\t".join(fields))
                 elif not all(fields):
-                    rejects.add(path, number, "empty_field", "\t".join(fields))
+                    tables.reject(path, number, "empty_field", "\t".join(fields))
                 else:
                     yield number, fields
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: cannot be decompressed: {error}; download it again") from None
-
-
-def _check_share(rejects: Rejects, max_rejected_share: float) -> None:
-    if len(rejects.rows) > max_rejected_share * rejects.n_lines:
-        first = rejects.rows[0]
-        raise InputError(
-            f"{first['file']}:{first['line']}: {first['reason']}; {len(rejects.rows)} of {rejects.n_lines} "
-            f"lines cannot be used, more than {max_rejected_share:.0%}: are these the files as published?"
-        )
-
-
-def _write_all(
-    out: Path, events: list[tuple[str, int, str]], documents: list[tuple[str, str, str]], rejects: Rejects
-) -> None:
-    """Every file under a temporary name first: a full disk or a kill leaves what was there before."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    reject_schema = pa.schema(
-        [("file", pa.string()), ("line", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
-    )
-    users, seconds, articles = zip(*events, strict=True) if events else ((), (), ())
-    times = [datetime.fromtimestamp(s, UTC) for s in seconds]
-    ids, titles, categories = zip(*documents, strict=True) if documents else ((), (), ())
-    text, time = pa.string(), pa.timestamp("us", tz="UTC")
-    tables = {
-        "rejects.parquet": pa.Table.from_pylist(rejects.rows, reject_schema),
-        "documents.parquet": pa.table(
-            {
-                "document_id": pa.array(ids, text),
-                "title": pa.array(titles, text),
-                "categories": pa.array(categories, text),
-            }
-        ),
-        "events.parquet": pa.table(
-            {
-                "user_id": pa.array(users, text),
-                "document_id": pa.array(articles, text),
-                "timestamp": pa.array(times, time),
-            }
-        ),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = {name: out / f".{name}.tmp" for name in tables}
-    try:
-        for name, table in tables.items():
-            pq.write_table(table, temporary[name])
-        for name, path in temporary.items():
-            path.replace(out / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)

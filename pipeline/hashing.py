@@ -1,0 +1,31 @@
+"""Hashes that no machine and no release changes: the buckets, ids and draws of `pairs` are made of them."""
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+import polars_hash  # noqa: F401  adds `nchash` to polars' expressions
+
+
+def stable_hash(column: str) -> pl.Expr:
+    """64 bits of XXH64 (seed 0) of a string column; null stays null."""
+    return pl.col(column).nchash.xxhash64()  # type: ignore[attr-defined]
+
+
+def mix(*parts: Any) -> np.ndarray:
+    """One 64-bit hash of several numbers, by the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+
+    Args:
+        parts: uint64 scalars or arrays (n,).
+
+    Returns:
+        uint64 (n,), (1,) where all parts are scalars.
+    """
+    with np.errstate(over="ignore"):
+        mixed = np.zeros(1, np.uint64)
+        for part in parts:
+            mixed = (mixed ^ part) + np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            mixed ^= mixed >> np.uint64(31)
+    return mixed
