@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 DATA ?= data/wikispeedia
 WORK ?= work/demo
+SIZES ?= 1000000
 TEXT ?= merge two tables on a key
 PORT ?= 9090
 TWIN ?= $(CURDIR)/.twin
@@ -12,7 +13,7 @@ RUN := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check install --quiet
 EXTRAS := --extra pairs --extra import --extra train --extra index --extra evaluate --extra serving --extra demo
 
-.PHONY: help demo real serve test test-twin lint lock clean
+.PHONY: help demo real serve test test-twin bench lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -62,6 +63,9 @@ test: .venv/dev  ## the whole test suite
 test-twin: .venv/dev  ## the export in TensorFlow 2.11 with scann 1.2.9, as in the serving image; needs root and debootstrap
 	@tests/twin/build $(TWIN)
 	@TWIN=$(TWIN) $(RUN) -m pytest tests/test_twin.py
+
+bench: .venv/dev  ## stage pairs against textbook Beam, polars, DuckDB and pandas; SIZES="1000000 5000000 50000000"
+	@$(RUN) benchmarks/pairs.py --events $(SIZES) --markdown work/bench/pairs.md
 
 lint: .venv/dev  ## ruff and mypy
 	@$(RUN) -m ruff check .

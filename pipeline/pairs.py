@@ -166,11 +166,11 @@ class Job:
     def write_documents(self) -> None:
         table = self._read_documents() if self.documents.paths else self._make_documents()
         storage.write_parquet(table, str(self.out / "documents-00000.parquet"))
-        for_workers = table.select(
+        for_workers = table.with_row_index("row").select(
             "document_id",
             "text",
             hash=stable_hash("document_id"),
-            same_text=pl.int_range(pl.len(), dtype=pl.Int32).first().over("text"),  # the first row with it
+            same_text=pl.col("row").first().over("text"),  # the first row with it
         )
         types = pa.schema(
             {

@@ -108,6 +108,25 @@ def test_the_job_writes_every_table_and_the_counts_add_up(small):
 
 
 @pytest.mark.slow
+def test_a_pairs_texts_are_its_documents_also_where_two_documents_have_one_text(tmp_path, log, small):
+    lines = [json.loads(line) for line in (log / "documents.jsonl").read_text().splitlines()]
+    lines[7]["text"] = lines[3]["text"]
+    (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    twins = run(
+        tmp_path,
+        events={"paths": [str(log / "events.jsonl")]},
+        documents={"paths": [str(tmp_path / "documents.jsonl")]},
+    )
+    for made in (small, twins):
+        text = dict(
+            zip(*(made.read("documents")[c].to_pylist() for c in ("document_id", "text")), strict=True)
+        )
+        for row in made.read("pairs").to_pylist():
+            for name in ("anchor", "positive", "negative"):
+                assert row[name] == text[row[f"{name}_id"]]
+
+
+@pytest.mark.slow
 def test_held_out_sessions_are_later_than_those_trained_on(small):
     sessions = small.read("sessions", ["session_id", "start"]).to_pylist()
     start = {row["session_id"]: row["start"] for row in sessions}
