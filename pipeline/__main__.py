@@ -33,6 +33,7 @@ EXAMPLES = """examples:
   python -m pipeline pairs --config my.yaml --work work/my --runner FlinkRunner --flink_master localhost:8081
   python -m pipeline sample --out work/demo/input
   python -m pipeline import firefox ~/.mozilla/firefox/*/places.sqlite --out work/my/input
+  python -m pipeline sessions --config my.yaml --gaps 300,900,1800,3600,7200 --out work/my/sessions
 
 exit codes: 0 done, 1 a fault, 2 bad input or config or a killed stage, 3 refused by the publication gate
 """
@@ -142,6 +143,28 @@ def _parser() -> argparse.ArgumentParser:
         help="more records than this that cannot be used, and nothing is written (default: %(default)s)",
     )
     importer.set_defaults(run=_import)
+
+    sessions = commands.add_parser(
+        "sessions",
+        help="what each gap between two sessions does to a log: tables and a picture",
+        description="Reads the log as `pairs` does and shows what each gap_duration would make of it.",
+        allow_abbrev=False,
+    )
+    sessions.add_argument("--config", required=True, metavar="FILE", help="YAML, one section a stage")
+    sessions.add_argument(
+        "--gaps",
+        default="300,900,1800,3600,7200",
+        metavar="SECONDS,...",
+        help="pairs.gap_duration is looked at too (default: %(default)s)",
+    )
+    sessions.add_argument(
+        "--out", type=Path, metavar="DIR", help="gets sessions.csv, steps.csv and sessions.png"
+    )
+    sessions.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+        help="override a setting, as in a stage",
+    )  # fmt: skip
+    sessions.set_defaults(run=_sessions)
     return parser
 
 
@@ -266,6 +289,17 @@ def _import(command: argparse.Namespace, _: Sequence[str]) -> None:
         command.kind, command.paths, command.out, command.timezone, command.user, command.max_rejected_share
     )
     print(f"import: {made}: {command.out}")
+
+
+def _sessions(command: argparse.Namespace, _: Sequence[str]) -> None:
+    config = config_.load(command.config, command.overrides)
+    _quiet()
+    from pipeline import session_lab
+
+    gaps = session_lab.parse_gaps(command.gaps)
+    print(session_lab.run(config, gaps, command.out))
+    if command.out:
+        print(f"sessions: sessions.csv, steps.csv, sessions.png: {command.out}", file=sys.stderr)
 
 
 def _quiet() -> None:

@@ -1,5 +1,6 @@
 """BM25 over documents in any language: the words it sees, and its scores for blocks of queries."""
 
+import logging
 import re
 import sys
 import unicodedata
@@ -33,6 +34,8 @@ class Bm25:
     def of(cls, documents: Iterable[str]) -> "Bm25":
         import bm25s
         from scipy import sparse
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it set DEBUG
 
         vocabulary: dict[str, int] = {"": 0}  # bm25s wants the empty word, and cannot index none at all
         ids = [[vocabulary.setdefault(w, len(vocabulary)) for w in words(text)] for text in documents]

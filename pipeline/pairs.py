@@ -14,11 +14,13 @@ popular a document is and with which others it was ever read.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,8 @@ from pipeline.sessions import (
 )
 
 DEFAULT_RUNNER = "FnApiRunner"  # DirectRunner first fetches a binary from the network
+DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
+MAX_THREADS = 8  # of the default runner; each holds a bucket or a piece of a log in memory
 SPANS = ("pairs", "dev", "test")  # by time; "pairs" are for training
 PAIR_COLUMNS = [
     "anchor", "positive", "negative", "anchor_id", "positive_id", "negative_id", "session_id", "user_id",
@@ -122,20 +126,20 @@ def run(
         folder = str(draft.folder / "buckets")
         if config.temp_location:  # a folder of this run's own: others may share the place
             folder = f"{config.temp_location.rstrip('/')}/{draft.folder.name.lstrip('.')}"
-        if storage.names(folder):
-            storage.remove(folder)  # of a killed run: a bucket must not find another cut's files
+        storage.remove_folder(folder)  # of a killed run: a bucket must not find another cut's files
         storage.make_folder(folder)
         job = Job(config, events, documents, draft, folder, options)
         job.write_documents()
         if events.paths:
             job.write_sessions()
+            job.remove_events()
             job.write_pairs()
         else:
             job.say("no event log: documents alone")
             draft.facts |= {"dev_start": None, "test_start": None, "events": {}, "rejects": {}}
             draft.facts |= {"session_lengths": {}, "negatives": {}, "co_read": {}}
         draft.facts |= {"description": events.description, "gap_duration": config.gap_duration}
-        storage.remove(folder)
+        storage.remove_folder(folder)
     return Pairs.open(out)
 
 
@@ -207,7 +211,7 @@ class Job:
         storage.make_folder(made)
         self._split_and_group("documents", None, MakeDocuments(self.documents.min_readers, made))
         parts = [storage.read_parquet(path) for path in storage.names(f"{made}/documents-*")]
-        storage.remove(made)
+        storage.remove_folder(made)
         table = pl.concat(parts) if parts else pl.DataFrame()
         if table.is_empty():
             raise InputError(
@@ -267,6 +271,11 @@ class Job:
             f"{duplicates:,} duplicates, {rejected:,} rejected"
         )
 
+    def remove_events(self) -> None:
+        """Make room: once the sessions are cut, nobody reads the events again."""
+        for kind in ("events", "crowded"):
+            storage.remove(f"{self.folder}/*-{kind}-*")
+
     def _write_rejects(self) -> None:
         """The workers' rejects in one place, by file and line."""
         parts = [storage.read_parquet(path) for path in storage.names(f"{self.folder}/rejects-*")]
@@ -322,6 +331,7 @@ class Job:
             ("merge", beam.Map(MergeRange(self.folder))),
         ]
         counts = self._run("survey", files, self.draft.rows["sessions"], "session", lines)
+        storage.remove(f"{self.folder}/keys-*")  # not by who merged them: a step may be tried again
         self.draft.facts["co_read"] = {
             "pairs": counts.get("co_read", 0),
             "long_sessions": counts.get("long", 0),
@@ -635,8 +645,6 @@ class MergeRange:
     def _merge(self, number: int, paths: list[str]) -> dict[str, Any]:
         keys = co_reading.merge(storage.read_array(path) for path in paths)
         storage.write_array(keys, f"{self.folder}/met-{number:05d}.npy")
-        for path in paths:
-            storage.remove(path)
         return {"co_read": len(keys)}
 
 
@@ -832,25 +840,55 @@ def parse_options(flags: Sequence[str]) -> Options:
     """Beam's options out of a command line.
 
     Raises:
-        ConfigError: Beam knows no such option or runner.
+        ConfigError: Beam knows no such option or runner, or what the runner needs is not installed.
     """
     # What goes wrong reaches the driver as a count or an exception; Beam would print it first.
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+    flags = list(flags)
+    only_runner = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_runner.add_argument("--runner", default=DEFAULT_RUNNER)
     known: Any = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for owner in PipelineOptions.__subclasses__():
-        owner._add_argparse_args(known)
     try:
-        given, unknown = known.parse_known_args(list(flags))
+        # First of all: the Dask runner brings its options when it is imported.
+        runner = _load_runner(only_runner.parse_known_args(flags)[0].runner)
+        for owner in PipelineOptions.__subclasses__():
+            owner._add_argparse_args(known)
+        given, unknown = known.parse_known_args(flags)
     except SystemExit:
         raise ConfigError(f"{' '.join(flags)}: Beam cannot read these options") from None
     if unknown:
         raise ConfigError(f"{' '.join(unknown)}: neither an option of this command nor one of Beam's")
-    runner = given.runner or DEFAULT_RUNNER
+    if runner == DASK_RUNNER and not (given.npartitions or given.partition_size):
+        # Beam's 128 elements a task would leave a short list to one worker, and one element a task would make
+        # a shuffle of very many tasks out of a long list.
+        flags.append("--dask_npartitions=256")
+    threads = {}
+    if runner == DEFAULT_RUNNER and not any(flag.startswith("--direct_") for flag in flags):
+        # Beam's default is one worker. Threads do: columns are worked on outside Python's lock.
+        threads = {"direct_num_workers": _n_cores(), "direct_running_mode": "multi_threading"}
+    return Options(PipelineOptions(flags, runner=runner, **threads), runner)
+
+
+def _load_runner(name: str) -> str:
+    """Import a runner; returns the name by which Beam finds it.
+
+    Raises:
+        ConfigError: there is none, or what it needs is not installed.
+    """
+    if name.lower() in ("dask", "daskrunner"):  # the one runner that Beam knows by its path alone
+        name = DASK_RUNNER
+    if name == DASK_RUNNER and find_spec("distributed") is None:
+        raise ConfigError("--runner dask: distributed is not installed: pip install 'apache-beam[dask]'")
     try:
-        create_runner(runner)
+        create_runner(name)
     except (ValueError, ImportError, AttributeError) as error:
-        raise ConfigError(f"--runner {runner}: {' '.join(str(error).split())}") from None
-    return Options(PipelineOptions(list(flags), runner=runner), runner)
+        raise ConfigError(f"--runner {name}: {' '.join(str(error).split())}") from None
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its level counts from its import on
+    return name
+
+
+def _n_cores() -> int:
+    return min(len(os.sched_getaffinity(0)), MAX_THREADS)
 
 
 @lru_cache(maxsize=4096)

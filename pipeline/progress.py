@@ -12,7 +12,7 @@ from pathlib import PurePath
 from apache_beam.io.filesystems import FileSystems
 from tqdm import tqdm
 
-from pipeline.storage import is_local, make_folder, names, remove
+from pipeline.storage import is_local, make_folder, names, remove_folder
 
 EVERY = 1.0  # seconds between two looks at a local folder
 EVERY_REMOTE = 15.0  # a bucket's listing is slow, and is paid for
@@ -53,7 +53,7 @@ def shown(title: str, total: int, unit: str, folder: str) -> Iterator[None]:
         finally:
             ended.set()
             watcher.join()
-    remove(folder)
+    remove_folder(folder)
 
 
 def _watch(bar: tqdm, folder: str, ended: threading.Event) -> None:

@@ -1,6 +1,7 @@
 """Files on any Beam file system: given logs and documents in, tables and arrays of a job out and in again."""
 
 import errno
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,9 +74,19 @@ def make_folder(path: str) -> None:
         FileSystems.mkdirs(path)
 
 
-def remove(path: str) -> None:
-    """Remove a file or a folder with all that is in it."""
-    FileSystems.delete([path])
+def remove(pattern: str) -> None:
+    """Remove the files that match a glob; none is fine."""
+    found = names(pattern)
+    if found:
+        FileSystems.delete(found)
+
+
+def remove_folder(path: str) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    if is_local(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif names(f"{path}/*"):
+        FileSystems.delete([f"{path}/"])  # Beam's buckets take the slash for "and all below"
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 Real readers who move from article to article towards a target: https://snap.stanford.edu/data/wikispeedia.html.
 The publisher records the end of a game and its length, so the times inside a game are a guess: its clicks
-are spread evenly over it, the first at its start. A back click "<" is a visit of the article gone back to.
+are spread evenly over it, the first at its start. The length of a game that ended by "timeout" includes the half
+hour without a click that ended it, which is taken off first. A back click "<" is a visit of the article gone
+back to.
 """
 
 import gzip
@@ -20,6 +22,7 @@ from pipeline.importers.tables import Event, Tables, writing
 
 PATHS = ("paths_finished.tsv", "paths_unfinished.tsv")
 N_FIELDS = {"paths_finished.tsv": 5, "paths_unfinished.tsv": 6, "articles.tsv": 1, "categories.tsv": 2}
+IDLE = 1800  # seconds without a click after which the publisher ended a game
 MAX_SECONDS = 253_402_300_800  # the year 10000, where datetime ends
 DOCUMENTS = pa.schema({"document_id": pa.string(), "title": pa.string(), "categories": pa.string()})
 
@@ -67,12 +70,12 @@ def read(folder: Path, out: Path, max_rejected_share: float = 0.01) -> dict[str,
 
 
 def _games(path: Path, tables: Tables) -> Iterator[list[tuple[str, int, str]]]:
-    """The clicks (user_id, epoch second, article) of each game; its rating or type of end is not used."""
+    """The clicks (user_id, epoch second, article) of each game."""
     for line, fields in _lines(path, tables):
         user, end, duration, steps = fields[:4]
         try:
             visits = visited(steps)
-            times = spread(_whole(end), _whole(duration), len(visits))
+            times = spread(*played(_whole(end), _whole(duration), fields[-1]), len(visits))
         except ValueError as error:
             tables.reject(path, line, "bad_game", f"{error}: " + "\t".join(fields))
             continue
@@ -104,6 +107,12 @@ def visited(steps: str) -> list[str]:
             raise ValueError("an article without a name")
         seen.append(trail[-1])
     return seen
+
+
+def played(end: int, duration: int, type_of_end: str) -> tuple[int, int]:
+    """End and length of a game without the idle half hour that ended it, seconds."""
+    idle = IDLE if type_of_end == "timeout" and duration >= IDLE else 0
+    return end - idle, duration - idle
 
 
 def spread(end: int, duration: int, n_clicks: int) -> list[int]:
