@@ -16,7 +16,7 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 Format = Literal["auto", "jsonl", "csv", "parquet"]
 Similarity = Literal["dot_product", "cosine", "euclidean", "manhattan"]
 Auto = Literal["auto"]
-Strategy = Literal["random", "cross_user", "bm25", "mined"]
+Strategy = Literal["cross_user", "random", "bm25", "mined"]
 Paths = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -59,7 +59,9 @@ class PairsConfig:
     seed: Seed = 7
     # A share for each strategy; hard negatives (bm25, mined) help in small doses.
     negatives: dict[Strategy, Share] = dataclasses.field(default_factory=lambda: {"cross_user": 1.0})
-    popularity_exponent: Annotated[float, Field(ge=0)] = 1.0  # cross_user: 1 as often as read, 0 all alike
+    popularity_exponent: Annotated[float, Field(ge=0, le=8)] = (
+        1.0  # cross_user: 1 as often as read, 0 all alike
+    )
     mined_from: str | None = None  # mined: the work folder of a complete run, whose embeddings are used
     # mined: what scores above this share of the positive is left out; 0.95: NV-Retriever (Moreira 2024)
     max_positive_ratio: Share = 0.95

@@ -44,8 +44,7 @@ def best(anchors: np.ndarray, scores: Scores, n_documents: int, n_wanted: int, m
         block = anchors[start : start + size]
         table = scores(block)
         table[np.arange(len(block)), block] = 0
-        top = np.argpartition(-table, depth - 1, axis=1)[:, :depth]
-        top.sort(axis=1)
+        top = _highest(table, depth)
         score = np.take_along_axis(table, top, axis=1)
         order = np.argsort(-score, axis=1, kind="stable")
         document = np.take_along_axis(top, order, axis=1).astype(np.int32)
@@ -61,6 +60,18 @@ def best(anchors: np.ndarray, scores: Scores, n_documents: int, n_wanted: int, m
     empty = (np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
     anchor, document, score = (np.concatenate(column) for column in zip(empty, *parts, strict=True))
     return Found(anchor.astype(np.int32), document, score.astype(np.float32), n_refused)
+
+
+def _highest(table: np.ndarray, n: int) -> np.ndarray:
+    """Columns of each row's `n` highest scores, ascending, int (n_rows, n); of equal ones the first.
+
+    `argpartition` alone takes any of the equal ones, and other ones on another processor.
+    """
+    least = -np.partition(-table, n - 1, axis=1)[:, n - 1 : n]
+    above, equal = table > least, table == least
+    room = n - above.sum(axis=1, keepdims=True)
+    taken = above | (equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room))
+    return np.nonzero(taken)[1].reshape(len(table), n)
 
 
 def by_anchor(found: list[Found], n_documents: int) -> Candidates:

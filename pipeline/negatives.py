@@ -152,27 +152,52 @@ def assign(keys: np.ndarray, shares: Mapping[str, float]) -> np.ndarray:
 
 
 def choose(
-    pairs: AskedPairs, shares: Mapping[str, float], draws: Mapping[str, Draw], met: CoReading, max_draws: int
+    pairs: AskedPairs,
+    shares: Mapping[str, float],
+    draws: Mapping[str, Draw],
+    met: CoReading,
+    max_draws: int,
+    texts: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """A negative for each pair, by its own strategy; where that finds none, by the others in their order.
 
+    A hard strategy has candidates only for the anchors of pairs that are its own.
+
+    Args:
+        texts: int (n_documents,), equal where two documents have one text; None where no two have.
+
     Returns:
         Document rows, int32 (n,), NONE where `max_draws` draws of every strategy found none; and counts:
-        negatives:NAME of each strategy, refused:NAME of the draws that the co-reading filter refused.
+        negatives:NAME of each strategy, refused:NAME of its draws that were read with the anchor, or have
+        the anchor's or the positive's own text.
     """
+    refuse = _refusal(met, texts)
     chosen = np.full(len(pairs), NONE, np.int32)
     counts = {f"{kind}:{name}": 0 for kind in ("negatives", "refused") for name in shares}
     own = assign(pairs.key, shares)
     for is_own in (True, False):
         for place, name in enumerate(shares):
             rows = np.flatnonzero((chosen == NONE) & ((own == place) == is_own))
-            chosen[rows], n_refused = _draw(pairs[rows], draws[name], name, met, max_draws)
+            chosen[rows], n_refused = _draw(pairs[rows], draws[name], name, refuse, max_draws)
             counts[f"negatives:{name}"] += int((chosen[rows] != NONE).sum())
             counts[f"refused:{name}"] += n_refused
     return chosen, counts
 
 
-def _draw(pairs: AskedPairs, draw: Draw, name: str, met: CoReading, max_draws: int) -> tuple[np.ndarray, int]:
+Refuse = Callable[[AskedPairs, np.ndarray], np.ndarray]  # (pairs, document rows) -> bool
+
+
+def _refusal(met: CoReading, texts: np.ndarray | None) -> Refuse:
+    def refuse(pairs: AskedPairs, found: np.ndarray) -> np.ndarray:
+        refused = (found == pairs.anchor) | met.holds(pairs.anchor, found)
+        if texts is not None:
+            refused |= (texts[found] == texts[pairs.anchor]) | (texts[found] == texts[pairs.positive])
+        return refused
+
+    return refuse
+
+
+def _draw(pairs: AskedPairs, draw: Draw, name: str, refuse: Refuse, max_draws: int) -> tuple[np.ndarray, int]:
     """Draw again for the pairs whose draw was none or was refused."""
     chosen = np.full(len(pairs), NONE, np.int32)
     salt = mix(*(np.uint64(letter) for letter in name.encode()))
@@ -183,7 +208,7 @@ def _draw(pairs: AskedPairs, draw: Draw, name: str, met: CoReading, max_draws: i
         asked = pairs[still]
         found = draw(asked, mix(asked.key, salt, np.uint64(turn)))
         some = np.flatnonzero(found != NONE)
-        refused = (found[some] == asked.anchor[some]) | met.holds(asked.anchor[some], found[some])
+        refused = refuse(asked[some], found[some])
         n_refused += int(refused.sum())
         good = some[~refused]
         chosen[still[good]] = found[good]

@@ -22,7 +22,7 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import apache_beam as beam
 import numpy as np
@@ -37,7 +37,7 @@ from pipeline import events as events_
 from pipeline.artifacts import Draft, Embeddings, Pairs, writing
 from pipeline.bm25 import Bm25
 from pipeline.co_reading import CoReading
-from pipeline.config import DocumentsConfig, EventsConfig, PairsConfig, as_dict
+from pipeline.config import DocumentsConfig, EventsConfig, PairsConfig, Strategy, as_dict
 from pipeline.counts import SumCounts, by_prefix, failure, raise_failure, read_counts, write_counts
 from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.hashing import mix, stable_hash
@@ -298,8 +298,10 @@ class Job:
         dev_start, test_start = held_out_spans(files, self.config.holdout_share)
         before = dev_start or test_start
         n_documents, n_ranges = self.draft.rows["documents"], max(16, len(files) // 8)
-        shares = {name: share for name, share in self.config.negatives.items() if share}
-        hard = tuple(str(name) for name in ("bm25", "mined") if name in shares)
+        # In one order, whatever the config's: the order decides which pair asks which strategy.
+        given = self.config.negatives
+        shares = {str(name): given[name] for name in get_args(Strategy) if given.get(name)}
+        hard: tuple[str, ...] = tuple(name for name in ("bm25", "mined") if name in shares)
         seed = self.config.seed
 
         self._survey(Survey(self.folder, n_documents, n_ranges, before, seed, tuple(shares.items()), hard))
@@ -743,7 +745,8 @@ class DrawPairs:
         documents = storage.read_arrow(f"{self.folder}/documents.arrow")
         session, pairs = ask(sessions, only(documents["hash"]).to_numpy(), self.seed)
         draws, met = strategies(self)
-        negative, counts = negatives.choose(pairs, dict(self.shares), draws, met, self.max_draws)
+        same_text = only(documents["same_text"]).to_numpy()
+        negative, counts = negatives.choose(pairs, dict(self.shares), draws, met, self.max_draws, same_text)
         lost = np.flatnonzero(negative == NONE)
         counts["no_negative"] = len(lost)
         table = self._table(sessions, session, pairs, negative, documents)

@@ -419,7 +419,7 @@ class Sessions:
 
 def only(column: pa.ChunkedArray) -> pa.Array:
     """A column in one piece."""
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def as_dictionary(rows: np.ndarray, values: pa.Array) -> pa.DictionaryArray:

@@ -3,7 +3,7 @@
 import errno
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +16,7 @@ from apache_beam.io.filesystem import BeamIOError, CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline.artifacts import sha256
-from pipeline.errors import InputError
+from pipeline.errors import InputError, is_full_disk
 
 CODECS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2"}
 
@@ -127,8 +127,9 @@ def created(path: str) -> Iterator[BinaryIO]:
             compression_type=CompressionTypes.UNCOMPRESSED,
         ) as file:
             yield file
-    except OSError:
-        FileSystems.delete([temporary])  # its room may be what is needed to say so
+    except Exception:
+        with suppress(OSError):
+            remove(temporary)  # its room may be what is needed to say so
         raise
     if FileSystems.exists(path):
         FileSystems.delete([path])
@@ -187,14 +188,17 @@ def read_array(path: str) -> np.ndarray:
 
 
 def write_array(array: np.ndarray, path: str) -> None:
+    array = np.ascontiguousarray(array)
     with created(path) as file:
-        np.lib.format.write_array(file, array, allow_pickle=False)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        # numpy's own way to a real file loses the errno, and of its last 4 KiB the failure itself
+        file.write(array.view(np.uint8).data if array.size else b"")
 
 
 def _full_disk_as_os_error(write: Callable[[], Any]) -> None:
     try:
         write()
     except pl.exceptions.PolarsError as error:
-        if "No space left" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device") from error
+        if is_full_disk(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
         raise

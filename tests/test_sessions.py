@@ -1,18 +1,12 @@
-"""Sessions: the columnar cut against Beam's own windows, one element an event."""
+"""Sessions: the columnar cut, a rule a test. Beam's own windows judge it in test_session_properties.py."""
 
 from datetime import UTC, datetime, timedelta
 
-import apache_beam as beam
 import polars as pl
 import pyarrow as pa
 import pytest
-from apache_beam.testing.test_pipeline import TestPipeline as BeamPipeline
-from apache_beam.testing.util import assert_that, equal_to
-from apache_beam.transforms import window
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pipeline.sessions import by_bucket, coded, cut, set_aside
+from pipeline.sessions import Sessions, coded, cut, set_aside
 
 GAP = 1800
 DOCUMENTS = "abcdexy"  # a document's row is its place here
@@ -89,64 +83,10 @@ def test_a_session_id_depends_on_user_and_start_alone():
     assert one["session_id"].to_list() == other.filter(pl.col("user_id") == "u")["session_id"].to_list()
 
 
-class TextbookSessions(beam.PTransform):
-    """The oracle: one element an event, Beam's `Sessions` windows, a list a window."""
-
-    def expand(self, rows):
-        return (
-            rows
-            | beam.Distinct()
-            | beam.Map(lambda row: window.TimestampedValue((row[0], (row[2], row[1], row[3])), row[2]))
-            | beam.WindowInto(window.Sessions(GAP))
-            | beam.GroupByKey()
-            | beam.MapTuple(lambda user, found: (user, [d for _, d, _ in sorted(found, key=_order)]))
-        )
-
-
-def _order(found: tuple) -> tuple:
-    timestamp, document_id, text = found
-    return timestamp, document_id, text is not None, text or ""
-
-
-ROWS = st.lists(
-    st.tuples(
-        st.sampled_from(["u", "U", "v\n", "é"]),
-        st.sampled_from(["a", "b", "c"]),
-        st.one_of(
-            st.integers(0, 4).map(lambda n: n * GAP), st.integers(-20, 4 * GAP), st.integers(86_000, 87_000)
-        ),
-        st.sampled_from([None, "x"]),
-    ),
-    min_size=1,
-    max_size=25,
-)
-
-
-@pytest.mark.slow
-@given(ROWS)
-@settings(max_examples=20, deadline=None)
-def test_the_columnar_cut_equals_beams_session_windows(rows):
-    found = table(events(*rows))
-    pairs = sorted(zip(found["user_id"].to_list(), found["document_ids"].to_list(), strict=True))
-    with BeamPipeline() as pipeline:
-        oracle = pipeline | beam.Create(rows) | TextbookSessions()
-        assert_that(oracle, equal_to(pairs))
-
-
-@given(ROWS, st.randoms(use_true_random=False))
-def test_the_order_of_the_rows_changes_nothing(rows, random):
-    shuffled = list(rows)
-    random.shuffle(shuffled)
-    assert table(events(*shuffled)).rows() == table(events(*rows)).rows()
-
-
-@given(ROWS, st.integers(1, 5))
-def test_every_row_is_in_one_bucket_and_a_user_in_one_bucket(rows, n_buckets):
-    parts = dict(by_bucket(events(*rows), "user_id", n_buckets))
-    assert sum(len(part) for part in parts.values()) == len(rows)
-    users = [user for part in parts.values() for user in part["user_id"].unique()]
-    assert len(users) == len(set(users))
-    assert all(0 <= bucket < n_buckets for bucket in parts)
+def test_a_bucket_without_sessions_can_be_handed_on():
+    # all users of a bucket may have been set aside
+    nothing, _ = cut(events(), GAP)
+    assert len(Sessions.from_arrow(nothing.to_arrow())) == 0
 
 
 def test_a_user_with_more_events_on_a_day_than_allowed_is_set_aside_with_all_days():

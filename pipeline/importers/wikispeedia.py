@@ -2,9 +2,9 @@
 
 Real readers who move from article to article towards a target: https://snap.stanford.edu/data/wikispeedia.html.
 The publisher records the end of a game and its length, so the times inside a game are a guess: its clicks
-are spread evenly over it, the first at its start. The length of a game that ended by "timeout" includes the half
-hour without a click that ended it, which is taken off first. A back click "<" is a visit of the article gone
-back to.
+are spread evenly over it, the first at its start. The length of a game that ended by "timeout" includes the
+half hour without a click that ended it, which is taken off first. A back click "<" is a visit of the article
+gone back to.
 """
 
 import gzip
