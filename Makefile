@@ -8,12 +8,13 @@ WORK ?= work/demo
 SIZES ?= 1000000
 TEXT ?= merge two tables on a key
 PORT ?= 9090
+CLUSTER ?= 127.0.0.1:8786
 TWIN ?= $(CURDIR)/.twin
 RUN := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check install --quiet
 EXTRAS := --extra pairs --extra import --extra train --extra index --extra evaluate --extra serving --extra demo
 
-.PHONY: help demo real serve test test-twin bench lint lock clean
+.PHONY: help demo real serve test test-twin cluster test-cluster bench lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -67,6 +68,17 @@ test-twin: .venv/dev  ## the export in TensorFlow 2.11 with scann 1.2.9, as in t
 bench: .venv/dev  ## stage pairs against textbook Beam, polars, DuckDB and pandas; SIZES="1000000 5000000 50000000"
 	@$(RUN) benchmarks/pairs.py --events $(SIZES) --markdown work/bench/pairs.md
 
+# Who reaches a scheduler or a worker can run code in it, so they listen on this machine alone.
+cluster: HOST = $(firstword $(subst :, ,$(CLUSTER)))
+cluster: LISTEN = --host $(HOST) --dashboard-address $(HOST):0
+cluster: .venv/dev  ## a Dask scheduler and two workers for --runner dask, until Ctrl-C; CLUSTER=HOST:PORT
+	@trap 'exit 0' INT TERM; trap 'kill $$scheduler 2> /dev/null; wait' EXIT; \
+	$(RUN) -m dask scheduler --port $(lastword $(subst :, ,$(CLUSTER))) $(LISTEN) & scheduler=$$!; \
+	$(RUN) -m dask worker tcp://$(CLUSTER) --nworkers 2 --nthreads 1 --death-timeout 60 $(LISTEN)
+
+test-cluster: .venv/dev  ## the pairs stage on a Dask cluster, a worker killed on the way: the same bytes
+	@$(RUN) -m pytest -m cluster tests/test_cluster.py
+
 lint: .venv/dev  ## ruff and mypy
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
@@ -76,7 +88,7 @@ lock: .venv/dev  ## pin the newest allowed packages anew
 	@.venv/bin/python -m venv work/lock && work/lock/bin/pip install --quiet pip-tools
 	@for lock in run dev; do work/lock/bin/pip-compile --quiet --upgrade --generate-hashes --no-annotate \
 	    --no-header --no-emit-index-url --no-emit-find-links --strip-extras --unsafe-package torch \
-	    $$([ $$lock = run ] && echo "$(EXTRAS)" || echo "--extra dev -c requirements/run.lock") \
+	    $$([ $$lock = run ] && echo "$(EXTRAS)" || echo "--extra dev --extra cluster -c requirements/run.lock") \
 	    --output-file requirements/$$lock.lock setup.cfg; done
 
 clean:  ## remove the environment and everything made, but the twin's mounted root

@@ -233,10 +233,10 @@ def _plan(
     """What decides a stage's result (settings and inputs), and the call that makes it."""
     # Each import is of one stage alone: PyTorch and TensorFlow never meet in a process.
     if stage == "pairs":
-        from pipeline import pairs
+        from pipeline import pairs, runners
 
         settings = pairs.settings_of(config.pairs, config.events, config.documents)
-        pairs.parse_options(beam_options)  # a misspelt option is said even where all is complete
+        runners.parse_options(beam_options)  # a misspelt option is said even where all is complete
         given = (config.pairs, config.events, config.documents)
         return (
             settings,

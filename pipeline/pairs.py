@@ -12,15 +12,11 @@ Each needs a fact about all that came before: which documents exist, when the he
 popular a document is and with which others it was ever read.
 """
 
-import argparse
-import logging
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,39 +24,29 @@ import apache_beam as beam
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.runner import create_runner
 
-from pipeline import co_reading, hard_negatives, negatives, progress, storage
 from pipeline import documents as documents_
 from pipeline import events as events_
+from pipeline import progress, storage
 from pipeline.artifacts import Draft, Embeddings, Pairs, writing
-from pipeline.bm25 import Bm25
-from pipeline.co_reading import CoReading
 from pipeline.config import DocumentsConfig, EventsConfig, PairsConfig, Strategy, as_dict
-from pipeline.counts import SumCounts, by_prefix, failure, raise_failure, read_counts, write_counts
+from pipeline.counts import SumCounts, by_prefix, raise_failure, read_counts, write_counts
 from pipeline.errors import ConfigError, InputError, PipelineError
-from pipeline.hashing import mix, stable_hash
-from pipeline.negatives import NONE, AskedPairs, Popularity
-from pipeline.sessions import (
-    COUNTS,
-    CutBucket,
-    Sessions,
-    Split,
-    as_dictionary,
-    n_buckets_for,
-    only,
-    pieces,
-    with_rows,
+from pipeline.hashing import stable_hash
+from pipeline.pairing import (
+    SPANS,
+    DrawPairs,
+    FindCandidates,
+    MergeRange,
+    MetFiles,
+    Survey,
+    add_popularity,
+    giving_pairs,
+    write_bm25,
 )
+from pipeline.runners import Options, engine_faults_in_a_line, parse_options
+from pipeline.sessions import CutBucket, Sessions, Split, n_buckets_for, only, pieces, with_rows
 
-DEFAULT_RUNNER = "FnApiRunner"  # DirectRunner first fetches a binary from the network
-DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
-MAX_THREADS = 8  # of the default runner; each holds a bucket or a piece of a log in memory
-SPANS = ("pairs", "dev", "test")  # by time; "pairs" are for training
-PAIR_COLUMNS = [
-    "anchor", "positive", "negative", "anchor_id", "positive_id", "negative_id", "session_id", "user_id",
-]  # fmt: skip
 ON_PURPOSE = ("too_few_readers", "too_many_events")  # rejects that are no fault of the log
 ANCHORS = 2_000  # whose candidates are one element
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -114,6 +100,7 @@ def run(
         InputError: a file cannot be used, too many rows are rejected, or no session has two documents.
         ConfigError: an option that Beam does not know, or pairs.mined_from is the run's own work folder.
     """
+    out = Path(out).absolute()  # workers have current folders of their own
     options = parse_options(beam_options)
     if config.mined_from and Path(config.mined_from).resolve() == out.parent.resolve():
         raise ConfigError(
@@ -128,6 +115,7 @@ def run(
             folder = f"{config.temp_location.rstrip('/')}/{draft.folder.name.lstrip('.')}"
         storage.remove_folder(folder)  # of a killed run: a bucket must not find another cut's files
         storage.make_folder(folder)
+        storage.make_folder(f"{folder}/results")
         job = Job(config, events, documents, draft, folder, options)
         job.write_documents()
         if events.paths:
@@ -152,11 +140,16 @@ class Job:
     documents: DocumentsConfig
     draft: Draft
     folder: str  # bucket files and all else that is gone at the end
-    options: "Options"  # below
+    options: Options
 
     @property
     def out(self) -> Path:
         return self.draft.folder
+
+    @property
+    def results(self) -> str:
+        """Where workers leave the tables: all of them see it, but the work folder the driver alone."""
+        return f"{self.folder}/results"
 
     @property
     def documents_file(self) -> str:
@@ -230,7 +223,7 @@ class Job:
             max_events_per_user=self.config.max_events_per_user,
             documents=self.documents_file,
             folder=self.folder,
-            out=str(self.out),
+            out=self.results,
         )
         counts = self._split_and_group("sessions", self.documents_file, cut)
         read, rejected = counts.get("read", 0), counts.get("rejected", 0)
@@ -308,7 +301,7 @@ class Job:
         met = MetFiles(self.folder, n_documents, n_ranges)
         refused = {name: self._find_candidates(name, met) for name in hard}
         draw = DrawPairs(
-            out=str(self.out),
+            out=self.results,
             folder=self.folder,
             met=met,
             shares=tuple(shares.items()),
@@ -321,6 +314,8 @@ class Job:
         )
         total = self.draft.rows["sessions"]
         counts = self._run("pairs", files, total, "session", [("draw", beam.Map(draw))])
+        for path in storage.names(f"{self.results}/*.parquet"):
+            storage.fetch(path, self.out)
         self._note_pairs(counts, refused)
         self.draft.facts |= {"dev_start": _iso(dev_start), "test_start": _iso(test_start)}
 
@@ -432,14 +427,19 @@ class Job:
         counts_file = f"{self.folder}/counts-{name.replace(' ', '-')}.parquet"
         with (
             progress.shown(f"pairs: {name}", total, unit, self._marks(name)),
+            engine_faults_in_a_line(self.options.runner),
             beam.Pipeline(runner=self.options.runner, options=self.options.beam) as pipeline,
         ):
             collection = pipeline | f"{name}: elements" >> beam.Create(elements)
             for label, transform in transforms:
                 collection = collection | label >> transform
+            # An empty log has a sum too. Beam's own way, a default, would have Dask run the whole line
+            # from inside one task, and all of it again when that task's worker dies.
+            nothing = pipeline | f"{name}: nothing yet" >> beam.Create([{}])
             _ = (
-                collection
-                | "sum" >> beam.CombineGlobally(SumCounts())
+                (collection, nothing)
+                | "all counts" >> beam.Flatten()
+                | "sum" >> beam.CombineGlobally(SumCounts()).without_defaults()
                 | "write counts" >> beam.Map(write_counts, counts_file)
             )
         counts = read_counts(counts_file)
@@ -472,59 +472,6 @@ def held_out_spans(files: Iterable[str], share: float) -> tuple[int | None, int 
     return int(starts[-2 * n_held_out]), int(starts[-n_held_out])
 
 
-def giving_pairs(sessions: Sessions) -> np.ndarray:
-    """Rows of the sessions with at least two different documents, ascending."""
-    session, _, _ = next_to_each_other(sessions)
-    return session[np.flatnonzero(np.diff(session, prepend=-1))]
-
-
-def next_to_each_other(sessions: Sessions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every two different documents that follow each other in a session, in reading order.
-
-    Returns:
-        (session, anchor, positive), int32 each: rows of `sessions` and of the documents table.
-    """
-    session = np.repeat(np.arange(len(sessions), dtype=np.int32), sessions.lengths)
-    documents = sessions.documents
-    at = np.flatnonzero((session[1:] == session[:-1]) & (documents[1:] != documents[:-1]))
-    return session[at], documents[at], documents[at + 1]
-
-
-def ask(sessions: Sessions, hashes: np.ndarray, seed: int) -> tuple[np.ndarray, AskedPairs]:
-    """The pairs of sessions, each (session, anchor, positive) once, and the row of each one's session.
-
-    Args:
-        hashes: uint64 (n_documents,), `stable_hash` of the document_ids.
-    """
-    session, anchor, positive = next_to_each_other(sessions)
-    key = mix(np.uint64(seed), sessions.session[session], hashes[anchor], hashes[positive])
-    first = np.flatnonzero(pl.Series(key).is_first_distinct().to_numpy())
-    session = session[first]
-    return session, AskedPairs(key[first], sessions.user[session], anchor[first], positive[first])
-
-
-def add_popularity(parts: Iterable[pa.Table], n_documents: int) -> Popularity:
-    """The buckets' popularity in one; a user is in one bucket only."""
-    n_events, readers = np.zeros(n_documents, np.int64), np.zeros(n_documents, np.int64)
-    only_reader = np.zeros(n_documents, np.uint64)
-    for part in parts:
-        document = part["document"].to_numpy()
-        n_events[document] += part["n_events"].to_numpy()
-        readers[document] += np.where(part["only_reader"].to_numpy(), 1, 2)
-        only_reader[document] = part["only_reader"].to_numpy()
-    only_reader[readers != 1] = 0
-    return Popularity(n_events, only_reader)
-
-
-def write_bm25(texts: pa.Array, folder: str) -> None:
-    """The BM25 index of the documents, and the documents as queries, as arrays that workers map."""
-    index = Bm25.of(texts.to_pylist())
-    for name, table in (("scores", index.scores), ("counts", index.counts(texts.to_pylist()))):
-        for part in ("data", "indices", "indptr"):
-            storage.write_array(getattr(table, part), f"{folder}/bm25-{name}-{part}.npy")
-        storage.write_array(np.array(table.shape), f"{folder}/bm25-{name}-shape.npy")
-
-
 def rows_in(earlier: Embeddings, document_ids: pa.Array) -> np.ndarray:
     """Where each document's vector is in an earlier run's matrix, int64 (n,); -1 for one it did not have."""
     theirs = pl.read_parquet(earlier.path / "documents.parquet", columns=["document_id"])
@@ -543,7 +490,10 @@ def _iso(microseconds: int | None) -> str | None:
     return None if microseconds is None else (EPOCH + timedelta(microseconds=microseconds)).isoformat()
 
 
-# --- What workers run --------------------------------------------------------------------------------
+@lru_cache(maxsize=4096)
+def _digest(path: str) -> str:
+    """Asked twice in a run: once to tell whether anything changed, once for the manifest."""
+    return storage.digest(path)
 
 
 @dataclass(frozen=True)
@@ -561,340 +511,3 @@ class MakeDocuments:
         made, left_out = documents_.make(rows, self.min_readers)
         storage.write_parquet(made, f"{self.out}/documents-{bucket:05d}.parquet")
         return {"documents": len(made), "left_out": len(left_out)}
-
-
-def _number_of(sessions_file: str) -> str:
-    """The bucket in a file's name."""
-    return Path(sessions_file).name.split("-")[0]
-
-
-@dataclass(frozen=True)
-class Survey:
-    """Counts in one bucket how popular each document is, and writes which were read together, by ranges.
-
-    Attributes:
-        before: microseconds; only sessions that start earlier count for popularity (later reading must not
-            choose the negatives). What was read together counts whenever it was.
-        hard: strategies for whose pairs the anchors are noted.
-    """
-
-    folder: str
-    n_documents: int
-    n_ranges: int
-    before: int | None
-    seed: int
-    shares: tuple[tuple[str, float], ...]
-    hard: tuple[str, ...]
-
-    def __call__(self, sessions_file: str) -> list[tuple[int, Any]]:
-        """Sessions file -> (range, keys file) and (COUNTS, counts)."""
-        try:
-            return list(self._survey(sessions_file))
-        except (PipelineError, OSError) as error:
-            return [(COUNTS, failure(error))]
-
-    def _survey(self, sessions_file: str) -> Iterator[tuple[int, Any]]:
-        bucket = _number_of(sessions_file)
-        sessions = Sessions.from_arrow(storage.read_arrow(sessions_file))
-        storage.write_arrow(self._popularity(sessions), f"{self.folder}/popularity-{bucket}.arrow")
-        keys, long = co_reading.expand(sessions.session, sessions.offsets, sessions.documents)
-        limits = co_reading.bounds(self.n_ranges, self.n_documents)
-        for number, part in enumerate(co_reading.by_range(keys, limits)):
-            if len(part):
-                path = f"{self.folder}/keys-{number:05d}-{bucket}.npy"
-                storage.write_array(part, path)
-                yield number, path
-        if len(long):
-            storage.write_array(long, f"{self.folder}/long-{bucket}.npy")
-        if self.hard:
-            self._note_anchors(sessions, bucket)
-        progress.mark(f"{self.folder}/marks-survey", bucket, len(sessions), {})
-        yield COUNTS, {"long": len(np.unique(long["session"]))}
-
-    def _popularity(self, sessions: Sessions) -> pa.Table:
-        """document, n_events, and only_reader: the hash of the only user, or 0 for several."""
-        early = np.full(len(sessions), True) if self.before is None else sessions.start < self.before
-        documents = sessions.documents[np.repeat(early, sessions.lengths)]
-        users = np.repeat(sessions.user[early], sessions.lengths[early])
-        n_events = np.bincount(documents, minlength=self.n_documents)
-        reader = np.zeros(self.n_documents, np.uint64)
-        reader[documents] = users  # one of them
-        reader[documents[reader[documents] != users]] = 0  # and there is another
-        read = np.flatnonzero(n_events)
-        return pa.table(
-            {"document": read.astype(np.int32), "n_events": n_events[read], "only_reader": reader[read]}
-        )
-
-    def _note_anchors(self, sessions: Sessions, bucket: str) -> None:
-        hashes = only(storage.read_arrow(f"{self.folder}/documents.arrow")["hash"]).to_numpy()
-        _, pairs = ask(sessions, hashes, self.seed)
-        shares = dict(self.shares)
-        own = negatives.assign(pairs.key, shares)
-        for name in self.hard:
-            anchors = np.unique(pairs.anchor[own == list(shares).index(name)])
-            storage.write_array(anchors, f"{self.folder}/anchors-{name}-{bucket}.npy")
-
-
-@dataclass(frozen=True)
-class MergeRange:
-    """Merges all buckets' keys of one range into met-RRRRR.npy."""
-
-    folder: str
-
-    def __call__(self, keyed: tuple[int, Iterable[Any]]) -> dict[str, Any]:
-        return with_rows(keyed, self._merge)
-
-    def _merge(self, number: int, paths: list[str]) -> dict[str, Any]:
-        keys = co_reading.merge(storage.read_array(path) for path in paths)
-        storage.write_array(keys, f"{self.folder}/met-{number:05d}.npy")
-        return {"co_read": len(keys)}
-
-
-@dataclass(frozen=True)
-class MetFiles:
-    """Where the keys of documents that were read together are."""
-
-    folder: str
-    n_documents: int
-    n_ranges: int
-
-    def open(self) -> CoReading:
-        ranges = []
-        for number in range(self.n_ranges):
-            path = f"{self.folder}/met-{number:05d}.npy"
-            ranges.append(storage.read_array(path) if storage.names(path) else np.empty(0, np.uint64))
-        long = [storage.read_array(path) for path in storage.names(f"{self.folder}/long-*")]
-        limits = co_reading.bounds(self.n_ranges, self.n_documents)
-        long_sessions = np.concatenate([np.empty(0, co_reading.LONG), *long])
-        return CoReading.of(ranges, limits, long_sessions, self.n_documents)
-
-
-@dataclass(frozen=True)
-class FindCandidates:
-    """Finds the hard documents of a block of anchors and writes candidates-NAME-BBBBB.arrow."""
-
-    name: str  # "bm25" or "mined"
-    folder: str
-    met: MetFiles
-    n_candidates: int
-    mined_from: str | None
-
-    def __call__(self, numbered: tuple[int, np.ndarray]) -> dict[str, Any]:
-        number, anchors = numbered
-        try:
-            return self._find(number, anchors)
-        except (PipelineError, OSError) as error:
-            return failure(error)
-
-    def _find(self, number: int, anchors: np.ndarray) -> dict[str, Any]:
-        scores = (
-            bm25_scores(self.folder) if self.name == "bm25" else embedded(self.folder, self.mined_from).scores
-        )
-        met = self.met.open()
-        found = hard_negatives.best(anchors, scores, self.met.n_documents, self.n_candidates, met)
-        table = pa.table({"anchor": found.anchor, "document": found.document, "score": found.score})
-        storage.write_arrow(table, f"{self.folder}/candidates-{self.name}-{number:05d}.arrow")
-        progress.mark(f"{self.folder}/marks-candidates-{self.name}", f"{number:05d}", len(anchors), {})
-        return {"refused": found.n_refused}
-
-
-def bm25_scores(folder: str) -> hard_negatives.Scores:
-    """BM25 of documents against all documents, from the arrays of `write_bm25`."""
-    from scipy import sparse
-
-    def table(name: str) -> Any:
-        parts = (
-            storage.read_array(f"{folder}/bm25-{name}-{part}.npy") for part in ("data", "indices", "indptr")
-        )
-        shape = tuple(storage.read_array(f"{folder}/bm25-{name}-shape.npy"))
-        return sparse.csr_array(tuple(parts), shape=shape)
-
-    scores, counts = table("scores"), table("counts")
-    return lambda anchors: (counts[anchors] @ scores).toarray()
-
-
-def embedded(folder: str, mined_from: str | None) -> hard_negatives.EarlierEmbeddings:
-    matrix = np.load(Path(str(mined_from)) / "embeddings.npy", mmap_mode="r")
-    return hard_negatives.EarlierEmbeddings(matrix, storage.read_array(f"{folder}/mined-rows.npy"))
-
-
-@dataclass(frozen=True)
-class DrawPairs:
-    """Makes one bucket's pairs and writes them by span."""
-
-    out: str
-    folder: str
-    met: MetFiles
-    shares: tuple[tuple[str, float], ...]
-    spans: tuple[int | None, int | None]  # dev_start, test_start: microseconds
-    seed: int
-    max_draws: int
-    popularity_exponent: float
-    max_positive_ratio: float
-    mined_from: str | None
-
-    def __call__(self, sessions_file: str) -> dict[str, Any]:
-        try:
-            return self._draw(sessions_file)
-        except (PipelineError, OSError) as error:
-            return failure(error)
-
-    def _draw(self, sessions_file: str) -> dict[str, Any]:
-        bucket = _number_of(sessions_file)
-        sessions = Sessions.from_arrow(storage.read_arrow(sessions_file))
-        documents = storage.read_arrow(f"{self.folder}/documents.arrow")
-        session, pairs = ask(sessions, only(documents["hash"]).to_numpy(), self.seed)
-        draws, met = strategies(self)
-        same_text = only(documents["same_text"]).to_numpy()
-        negative, counts = negatives.choose(pairs, dict(self.shares), draws, met, self.max_draws, same_text)
-        lost = np.flatnonzero(negative == NONE)
-        counts["no_negative"] = len(lost)
-        table = self._table(sessions, session, pairs, negative, documents)
-        if len(lost):
-            ids = ["session_id", "user_id", "anchor_id", "positive_id"]
-            missing = pl.DataFrame(table(lost).select(ids)).with_columns(pl.all().cast(pl.String))
-            rejects = events_.rejects_of(missing.with_columns(reason=pl.lit("no_negative")), None)
-            storage.write_parquet(rejects, f"{self.out}/rejects-pairs-{bucket}.parquet")
-        for name, rows in zip(SPANS, self._by_span(sessions.start[session], negative), strict=True):
-            if len(rows):
-                storage.write_dictionaries(table(rows), f"{self.out}/{name}-{bucket}.parquet")
-            counts[name] = len(rows)
-        progress.mark(f"{self.folder}/marks-pairs", bucket, len(sessions), {"pairs": len(pairs)})
-        return counts
-
-    def _table(
-        self,
-        sessions: Sessions,
-        session: np.ndarray,
-        pairs: AskedPairs,
-        negative: np.ndarray,
-        documents: pa.Table,
-    ) -> Callable[[np.ndarray], pa.Table]:
-        """PAIR_COLUMNS at some rows of the pairs; a missing negative stands as the anchor."""
-        texts, ids = only(documents["text"]), only(documents["document_id"])
-        same_text = only(documents["same_text"]).to_numpy()
-        found = np.where(negative == NONE, pairs.anchor, negative)
-        of_user = sessions.first_of_user[session]
-
-        def table(rows: np.ndarray) -> pa.Table:
-            columns: dict[str, pa.Array] = {}
-            for name, of in (("anchor", pairs.anchor), ("positive", pairs.positive), ("negative", found)):
-                columns[name] = as_dictionary(same_text[of[rows]], texts)
-                columns[f"{name}_id"] = as_dictionary(of[rows], ids)
-            columns["session_id"] = as_dictionary(session[rows], sessions.session_id)
-            columns["user_id"] = as_dictionary(of_user[rows], sessions.user_id)
-            return pa.table({name: columns[name] for name in PAIR_COLUMNS})
-
-        return table
-
-    def _by_span(self, start: np.ndarray, negative: np.ndarray) -> Iterator[np.ndarray]:
-        """Rows of the pairs with a negative: for training, dev and test."""
-        dev_start, test_start = self.spans
-        is_test = start >= test_start if test_start is not None else np.zeros(len(start), bool)
-        is_dev = (start >= dev_start if dev_start is not None else np.zeros(len(start), bool)) & ~is_test
-        for of_span in (~is_dev & ~is_test, is_dev, is_test):
-            yield np.flatnonzero(of_span & (negative != NONE))
-
-
-@lru_cache(maxsize=1)
-def strategies(draw: DrawPairs) -> tuple[dict[str, negatives.Draw], CoReading]:
-    """What every bucket of this worker draws from."""
-    n_documents = draw.met.n_documents
-    draws: dict[str, negatives.Draw] = {}
-    for name, _ in draw.shares:
-        if name == "random":
-            draws[name] = negatives.draw_random(n_documents)
-        elif name == "cross_user":
-            n_events = storage.read_array(f"{draw.folder}/n_events.npy")
-            only_reader = storage.read_array(f"{draw.folder}/only_reader.npy")
-            draws[name] = negatives.draw_cross_user(
-                Popularity(n_events, only_reader), draw.popularity_exponent
-            )
-        elif name == "bm25":
-            draws[name] = negatives.draw_bm25(candidates(draw.folder, name, n_documents))
-        else:
-            score = embedded(draw.folder, draw.mined_from).score
-            mined = candidates(draw.folder, name, n_documents)
-            draws[name] = negatives.draw_mined(mined, score, draw.max_positive_ratio)
-    return draws, draw.met.open()
-
-
-def candidates(folder: str, strategy: str, n_documents: int) -> negatives.Candidates:
-    parts = []
-    for path in storage.names(f"{folder}/candidates-{strategy}-*"):
-        table = storage.read_arrow(path)
-        anchor, document, score = (only(table[name]).to_numpy() for name in table.column_names)
-        parts.append(hard_negatives.Found(anchor, document, score, n_refused=0))
-    return hard_negatives.by_anchor(parts, n_documents)
-
-
-# --- Options and paths ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Options:
-    """Beam's own options, checked."""
-
-    beam: PipelineOptions
-    runner: str
-
-
-def parse_options(flags: Sequence[str]) -> Options:
-    """Beam's options out of a command line.
-
-    Raises:
-        ConfigError: Beam knows no such option or runner, or what the runner needs is not installed.
-    """
-    # What goes wrong reaches the driver as a count or an exception; Beam would print it first.
-    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
-    flags = list(flags)
-    only_runner = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only_runner.add_argument("--runner", default=DEFAULT_RUNNER)
-    known: Any = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    try:
-        # First of all: the Dask runner brings its options when it is imported.
-        runner = _load_runner(only_runner.parse_known_args(flags)[0].runner)
-        for owner in PipelineOptions.__subclasses__():
-            owner._add_argparse_args(known)
-        given, unknown = known.parse_known_args(flags)
-    except SystemExit:
-        raise ConfigError(f"{' '.join(flags)}: Beam cannot read these options") from None
-    if unknown:
-        raise ConfigError(f"{' '.join(unknown)}: neither an option of this command nor one of Beam's")
-    if runner == DASK_RUNNER and not (given.npartitions or given.partition_size):
-        # Beam's 128 elements a task would leave a short list to one worker, and one element a task would make
-        # a shuffle of very many tasks out of a long list.
-        flags.append("--dask_npartitions=256")
-    threads = {}
-    if runner == DEFAULT_RUNNER and not any(flag.startswith("--direct_") for flag in flags):
-        # Beam's default is one worker. Threads do: columns are worked on outside Python's lock.
-        threads = {"direct_num_workers": _n_cores(), "direct_running_mode": "multi_threading"}
-    return Options(PipelineOptions(flags, runner=runner, **threads), runner)
-
-
-def _load_runner(name: str) -> str:
-    """Import a runner; returns the name by which Beam finds it.
-
-    Raises:
-        ConfigError: there is none, or what it needs is not installed.
-    """
-    if name.lower() in ("dask", "daskrunner"):  # the one runner that Beam knows by its path alone
-        name = DASK_RUNNER
-    if name == DASK_RUNNER and find_spec("distributed") is None:
-        raise ConfigError("--runner dask: distributed is not installed: pip install 'apache-beam[dask]'")
-    try:
-        create_runner(name)
-    except (ValueError, ImportError, AttributeError) as error:
-        raise ConfigError(f"--runner {name}: {' '.join(str(error).split())}") from None
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its level counts from its import on
-    return name
-
-
-def _n_cores() -> int:
-    return min(len(os.sched_getaffinity(0)), MAX_THREADS)
-
-
-@lru_cache(maxsize=4096)
-def _digest(path: str) -> str:
-    """Asked twice in a run: once to tell whether anything changed, once for the manifest."""
-    return storage.digest(path)

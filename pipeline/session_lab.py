@@ -23,7 +23,7 @@ import polars as pl
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline import pairs, storage
+from pipeline import pairing, pairs, runners, storage
 from pipeline.artifacts import Draft
 from pipeline.bm25 import Bm25
 from pipeline.bootstrap import bootstrap
@@ -214,7 +214,7 @@ def read_log(config: Config, folder: Path) -> Log:
     buckets = folder / "buckets"
     buckets.mkdir()
     given = (config.pairs, config.events, config.documents)
-    job = pairs.Job(*given, Draft(folder), str(buckets), pairs.parse_options([]))
+    job = pairs.Job(*given, Draft(folder), str(buckets), runners.parse_options([]))
     job.write_documents()
     job.write_sessions()
     per_user, n_sessions = config.pairs.max_events_per_user, job.draft.rows["sessions"]
@@ -270,7 +270,7 @@ class OfGap:
         """
         self.lengths = summed(self.lengths, np.bincount(n_documents(sessions)))
         # one seed for every gap: a pair that two gaps give alike is in both samples or in none
-        session, asked = pairs.ask(sessions, hashes, seed=0)
+        session, asked = pairing.ask(sessions, hashes, seed=0)
         own = sessions.session[session]
         self.drawn.add(as_pairs(asked.key, asked.user, own, asked.anchor, asked.positive))
 

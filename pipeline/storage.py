@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import numpy as np
 import polars as pl
@@ -118,8 +119,14 @@ def open_raw(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def created(path: str) -> Iterator[BinaryIO]:
-    """Write a file under another name and rename it, so that nobody reads half of it."""
-    temporary = f"{path}.part"
+    """Write a file under another name and rename it, so that nobody reads half of it.
+
+    A runner may try a task again while its first attempt is still at work: each writes under a name of its
+    own, that no glob for complete files matches, and a local rename replaces the other's file at once, so
+    that a reader always finds one.
+    """
+    parent, _, name = path.rpartition("/")
+    temporary = f"{parent}/.part-{uuid4().hex}-{name}.part"
     try:
         with FileSystems.create(
             temporary,
@@ -131,9 +138,18 @@ def created(path: str) -> Iterator[BinaryIO]:
         with suppress(OSError):
             remove(temporary)  # its room may be what is needed to say so
         raise
-    if FileSystems.exists(path):
+    if not is_local(path) and FileSystems.exists(path):
         FileSystems.delete([path])
     FileSystems.rename([temporary], [path])
+
+
+def fetch(path: str, folder: Path) -> None:
+    """Bring a worker's complete file into a local folder, by a rename where that is enough."""
+    if is_local(path):
+        shutil.move(path, folder / Path(path).name)
+        return
+    with open_raw(path) as source, (folder / path.rpartition("/")[2]).open("wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
 
 
 def read_parquet(path: str, columns: list[str] | None = None) -> pl.DataFrame:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import config, pairs, storage
+from pipeline import config, pairing, pairs, storage
 from pipeline.artifacts import Pairs
 from pipeline.errors import ConfigError, InputError
 from pipeline.hashing import stable_hash
@@ -33,7 +33,7 @@ def sessions_of(*rows: tuple[str, list[int]], hours: list[int] | None = None) ->
 
 
 def asked(sessions: Sessions) -> list[tuple[int, int, int]]:
-    session, found = pairs.ask(sessions, np.arange(100, dtype=np.uint64), seed=7)
+    session, found = pairing.ask(sessions, np.arange(100, dtype=np.uint64), seed=7)
     return list(zip(session.tolist(), found.anchor.tolist(), found.positive.tolist(), strict=True))
 
 
@@ -56,7 +56,7 @@ def test_a_document_with_itself_is_no_pair_and_a_pair_counts_once_a_session():
 def test_a_session_of_one_document_gives_no_pair():
     sessions = sessions_of(("u", [1]), ("u", [1, 1]), ("u", [1, 2, 1]))
     assert asked(sessions) == [(2, 1, 2), (2, 2, 1)]
-    assert pairs.giving_pairs(sessions).tolist() == [2]
+    assert pairing.giving_pairs(sessions).tolist() == [2]
 
 
 def held_out(tmp_path: Path, sessions: Sessions, share: float) -> tuple[int | None, int | None]:
@@ -103,7 +103,7 @@ def test_the_job_writes_every_table_and_the_counts_add_up(small):
     assert small.facts["session_lengths"] == {"5": 180}
     # the last tenth of 180 sessions is test, the tenth before it dev
     assert (small.rows["pairs"], small.rows["dev"], small.rows["test"]) == (144 * 4, 18 * 4, 18 * 4)
-    assert small.read("pairs").column_names == pairs.PAIR_COLUMNS
+    assert small.read("pairs").column_names == pairing.PAIR_COLUMNS
     assert small.read("documents").column_names == ["document_id", "text", "title", "pages"]
 
 
@@ -130,9 +130,11 @@ def test_a_pairs_texts_are_its_documents_also_where_two_documents_have_one_text(
 def test_held_out_sessions_are_later_than_those_trained_on(small):
     sessions = small.read("sessions", ["session_id", "start"]).to_pylist()
     start = {row["session_id"]: row["start"] for row in sessions}
-    latest = {span: max(start[s] for s in small.read(span)["session_id"].to_pylist()) for span in pairs.SPANS}
+    latest = {
+        span: max(start[s] for s in small.read(span)["session_id"].to_pylist()) for span in pairing.SPANS
+    }
     earliest = {
-        span: min(start[s] for s in small.read(span)["session_id"].to_pylist()) for span in pairs.SPANS
+        span: min(start[s] for s in small.read(span)["session_id"].to_pylist()) for span in pairing.SPANS
     }
     assert latest["pairs"] < earliest["dev"] <= latest["dev"] < earliest["test"]
 

@@ -15,7 +15,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import config, pairs, storage
+from pipeline import config, pairing, pairs, storage
 from pipeline.artifacts import Embeddings, Pairs, writing
 from pipeline.bm25 import bm25_scores
 from pipeline.errors import ArtifactError, ConfigError
@@ -52,21 +52,21 @@ def sessions_of(rows: list[tuple[int, list[int]]], hours: list[int] | None = Non
 @given(SESSIONS)
 def test_pairs_are_neighbours_in_reading_order_once_a_session(rows):
     sessions = sessions_of(rows)
-    session, asked = pairs.ask(sessions, HASHES, SEED)
+    session, asked = pairing.ask(sessions, HASHES, SEED)
     plain = [(n, a, b) for n, (_, documents) in enumerate(rows) for a, b in pairwise(documents) if a != b]
     found = zip(session.tolist(), asked.anchor.tolist(), asked.positive.tolist(), strict=True)
     assert list(found) == list(dict.fromkeys(plain))
     assert asked.user.tolist() == [rows[n][0] for n in session.tolist()]
-    assert pairs.giving_pairs(sessions).tolist() == sorted({n for n, _, _ in plain})
+    assert pairing.giving_pairs(sessions).tolist() == sorted({n for n, _, _ in plain})
 
 
 @given(SESSIONS)
 def test_a_pairs_key_is_a_hash_of_seed_session_anchor_and_positive(rows):
     sessions = sessions_of(rows)
-    session, asked = pairs.ask(sessions, HASHES, SEED)
+    session, asked = pairing.ask(sessions, HASHES, SEED)
     parts = zip(sessions.session[session], HASHES[asked.anchor], HASHES[asked.positive], strict=True)
     assert asked.key.tolist() == [int(mix(np.uint64(SEED), *each)[0]) for each in parts]
-    assert not set(asked.key.tolist()) & set(pairs.ask(sessions, HASHES, SEED + 1)[1].key.tolist())
+    assert not set(asked.key.tolist()) & set(pairing.ask(sessions, HASHES, SEED + 1)[1].key.tolist())
 
 
 def in_buckets(rows: list, n_buckets: int, folder: str) -> list[str]:
@@ -89,8 +89,8 @@ def test_a_bucket_whose_readers_were_all_set_aside_has_no_sessions_and_stops_not
     assert counts == {"long": 0}
 
 
-def survey_of(folder: str, n_ranges: int = 3, before: int | None = None) -> pairs.Survey:
-    return pairs.Survey(
+def survey_of(folder: str, n_ranges: int = 3, before: int | None = None) -> pairing.Survey:
+    return pairing.Survey(
         folder=folder, n_documents=N, n_ranges=n_ranges, before=before, seed=SEED, shares=(), hard=()
     )
 
@@ -103,7 +103,7 @@ def test_popularity_counts_readings_before_the_held_out_ones(rows, n_buckets, n_
         for path in in_buckets(rows, n_buckets, folder):
             survey(path)
         parts = [storage.read_arrow(path) for path in storage.names(f"{folder}/popularity-*")]
-        found = pairs.add_popularity(parts, N)
+        found = pairing.add_popularity(parts, N)
     read = [(user, d) for user, documents in rows[:n_early] for d in documents]
     readers = [{user for user, d in read if d == document} for document in range(N)]
     times = Counter(d for _, d in read)
@@ -120,8 +120,8 @@ def test_what_was_read_together_goes_through_files_and_comes_back(rows, n_bucket
             for number, found in survey(path):
                 in_range.setdefault(number, []).append(found)
         in_range.pop(COUNTS, None)
-        counted = [pairs.MergeRange(folder)(keyed)["co_read"] for keyed in in_range.items()]
-        met = pairs.MetFiles(folder, N, n_ranges).open()
+        counted = [pairing.MergeRange(folder)(keyed)["co_read"] for keyed in in_range.items()]
+        met = pairing.MetFiles(folder, N, n_ranges).open()
         asked = list(combinations(range(N), 2))
         a, b = np.array(asked).T
         found = {frozenset(pair) for pair, holds in zip(asked, met.holds(b, a), strict=True) if holds}
@@ -135,7 +135,7 @@ def test_a_merge_that_is_tried_again_gives_the_same(tmp_path):
     # a cluster computes again what a worker had in memory when it died
     (path,) = in_buckets([(1, [0, 1, 2])], 1, str(tmp_path))
     (number, keys), _ = survey_of(str(tmp_path), n_ranges=1)(path)
-    merge = pairs.MergeRange(str(tmp_path))
+    merge = pairing.MergeRange(str(tmp_path))
     assert merge((number, [keys])) == {"co_read": 3}
     assert merge((number, [keys])) == {"co_read": 3}
 
@@ -217,7 +217,7 @@ def rows_of(made: Pairs) -> list[Row]:
     columns = ["session_id", "anchor_id", "positive_id", "negative_id"]
     return [
         Row(span, *row.values())
-        for span in pairs.SPANS
+        for span in pairing.SPANS
         for row in made.read(span).select(columns).to_pylist()
     ]
 
@@ -272,7 +272,7 @@ class PlainJob:
         ]
 
     def span(self, session: dict) -> str:
-        return pairs.SPANS[sum(session["start"] >= start for start in self.starts)]
+        return pairing.SPANS[sum(session["start"] >= start for start in self.starts)]
 
     def key(self, session_id: str, user_id: str, anchor: str, positive: str) -> int:
         hashes = (xxhash.xxh64_intdigest(document.encode()) for document in (anchor, positive))
@@ -377,7 +377,7 @@ def test_texts_users_and_ids_belong_together(made, name):
     text_of = dict(zip(documents["document_id"].to_pylist(), documents["text"].to_pylist(), strict=True))
     sessions = made[name].read("sessions", ["session_id", "user_id"]).to_pylist()
     user_of = {row["session_id"]: row["user_id"] for row in sessions}
-    for span in pairs.SPANS:
+    for span in pairing.SPANS:
         for row in made[name].read(span).to_pylist():
             assert [row[role] for role in ("anchor", "positive", "negative")] == [
                 text_of[row[f"{role}_id"]] for role in ("anchor", "positive", "negative")
