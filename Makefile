@@ -14,7 +14,7 @@ RUN := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check install --quiet
 EXTRAS := --extra pairs --extra import --extra train --extra index --extra evaluate --extra serving --extra demo
 
-.PHONY: help demo real serve test test-twin cluster test-cluster bench lint lock clean
+.PHONY: help demo real serve test test-twin test-properties cluster test-cluster bench lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -75,6 +75,9 @@ cluster: .venv/dev  ## a Dask scheduler and two workers for --runner dask, until
 	@trap 'exit 0' INT TERM; trap 'kill $$scheduler 2> /dev/null; wait' EXIT; \
 	$(RUN) -m dask scheduler --port $(lastword $(subst :, ,$(CLUSTER))) $(LISTEN) & scheduler=$$!; \
 	$(RUN) -m dask worker tcp://$(CLUSTER) --nworkers 2 --nthreads 1 --death-timeout 60 $(LISTEN)
+
+test-properties: .venv/dev  ## sessions against Beam's own windows and themselves, 2,000 drawn logs a property
+	@HYPOTHESIS_CASES=2000 POLARS_MAX_THREADS=1 $(RUN) -m pytest tests/test_session_properties.py
 
 test-cluster: .venv/dev  ## the pairs stage on a Dask cluster, a worker killed on the way: the same bytes
 	@$(RUN) -m pytest -m cluster tests/test_cluster.py

@@ -6,7 +6,8 @@ A block that does not parse is read again row by row, so that each bad row is na
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -24,8 +25,13 @@ MAX_RECORD_LINES = 1000  # a quoted field that runs over more lines than this wa
 MILLISECONDS_FROM = 1e11  # as seconds this is the year 5138
 MAX_EPOCH_SECONDS = 253_402_300_800  # the year 10000, where datetime ends
 DETAIL_LENGTH = 500  # characters of a rejected row that are kept
+# half of a character beyond 16 bits, as cutting a text in JavaScript leaves it
+LONE_SURROGATE = re.compile(
+    rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|[c-fC-F]..(?<!\\u[dD][89abAB]..\\u[dD]...))"
+)
 
 REJECTS = {"file": pl.String, "line": pl.Int64, "reason": pl.String, "detail": pl.String}
+CALENDAR = (-62_135_596_800_000_000, 253_402_300_799_999_999)  # microseconds of the years 1 to 9999
 MOMENT = pl.Datetime("us", "UTC")
 
 
@@ -99,7 +105,7 @@ def read(
         for rows, bad in readers[kind](file, path, columns, block_size):
             events, rejected = check(rows, path)
             yield events, pl.concat([pl.DataFrame(bad, REJECTS).with_columns(file=pl.lit(path)), rejected])
-    except (EOFError, OSError, pa.ArrowInvalid, ValueError, pl.exceptions.PolarsError) as error:
+    except (EOFError, OSError, csv.Error, pa.ArrowInvalid, ValueError, pl.exceptions.PolarsError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk or the rights, not the file's content
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -113,29 +119,25 @@ def check(rows: pl.DataFrame, path: str) -> tuple[pl.DataFrame, pl.DataFrame]:
         rows: line, user_id, document_id, timestamp, text; all but line strings (timestamp may be a
             Datetime), null where absent.
     """
-    missing = pl.lit(None, pl.String)
-    for name in reversed(("user_id", "document_id", "timestamp")):
-        value = pl.col(name)
-        is_missing = (
-            value.is_null() if rows.schema[name] != pl.String else value.fill_null("").str.strip_chars() == ""
-        )
-        missing = pl.when(is_missing).then(pl.lit(f"missing_{name}")).otherwise(missing)
-    checked = rows.with_columns(parsed=_timestamps(rows["timestamp"]), reason=missing)
+    names = ("user_id", "document_id", "timestamp")
+    checked = rows.with_columns(parsed=_timestamps(rows["timestamp"]))
+    is_good = ~pl.any_horizontal(_is_blank(rows, name) for name in names) & pl.col("parsed").is_not_null()
+    good = checked.select(is_good).to_series()
+    events = checked.select("line", "user_id", "document_id", pl.col("parsed").alias("timestamp"), "text")
+    if good.all():
+        return events, pl.DataFrame(schema=REJECTS)
+    bad = checked.filter(~good)
     reason = (
-        pl.when(pl.col("reason").is_not_null())
-        .then(pl.col("reason"))
-        .when(pl.col("parsed").is_not_null())
-        .then(pl.lit(None, pl.String))
-        .when(_has_no_zone(checked))
-        .then(pl.lit("timestamp_without_zone"))
-        .otherwise(pl.lit("bad_timestamp"))
+        pl.when(_has_no_zone(bad)).then(pl.lit("timestamp_without_zone")).otherwise(pl.lit("bad_timestamp"))
     )
-    checked = checked.with_columns(reason=reason)
-    good = checked.filter(pl.col("reason").is_null()).select(
-        "line", "user_id", "document_id", pl.col("parsed").alias("timestamp"), "text"
-    )
-    bad = checked.filter(pl.col("reason").is_not_null())
-    return good, rejects_of(bad.drop("parsed"), path)
+    for name in reversed(names):
+        reason = pl.when(_is_blank(bad, name)).then(pl.lit(f"missing_{name}")).otherwise(reason)
+    return events.filter(good), rejects_of(bad.with_columns(reason=reason).drop("parsed"), path)
+
+
+def _is_blank(rows: pl.DataFrame, name: str) -> pl.Expr:
+    value = pl.col(name)
+    return value.is_null() if rows.schema[name] != pl.String else value.fill_null("").str.strip_chars() == ""
 
 
 def rejects_of(rows: pl.DataFrame, path: str | None) -> pl.DataFrame:
@@ -158,7 +160,7 @@ def _timestamps(values: pl.Series) -> pl.Series:
     if isinstance(values.dtype, pl.Datetime):
         if values.dtype.time_zone is None:
             return pl.Series(values.name, [None] * len(values), MOMENT)
-        return values.dt.convert_time_zone("UTC").dt.cast_time_unit("us")
+        return _in_calendar(values.dt.convert_time_zone("UTC").dt.cast_time_unit("us"))
     text = values.str.strip_chars()
     number = text.cast(pl.Float64, strict=False)
     epoch = pl.select(
@@ -184,7 +186,12 @@ def _timestamps(values: pl.Series) -> pl.Series:
         forms = {value: _iso_8601(value) for value in text.filter(rare).unique().to_list()}
         others = text.replace_strict(list(forms), list(forms.values()), default=None, return_dtype=MOMENT)
         found = found.zip_with(~rare, others)
-    return found.rename(values.name)
+    return _in_calendar(found.rename(values.name))
+
+
+def _in_calendar(moments: pl.Series) -> pl.Series:
+    """Null for moments outside the years 1 to 9999, which datetime cannot hold."""
+    return moments.set(~moments.to_physical().is_between(*CALENDAR), None)
 
 
 def _iso_8601(value: str) -> datetime | None:
@@ -249,30 +256,51 @@ def _jsonl_blocks(
 
 
 def _parse_jsonl(block: bytes, first_line: int, schema: dict) -> tuple[pl.DataFrame, list[dict]]:
-    try:
-        rows = pl.read_ndjson(io.BytesIO(block), schema=schema)
-        if len(rows) == block.count(b"\n") + (not block.endswith(b"\n")):
-            return rows.with_columns(line=pl.int_range(pl.len(), dtype=pl.Int64) + first_line), []
-    except pl.exceptions.PolarsError:
-        pass  # a bad row, or a blank line: look at each
-    good: list[dict] = []
+    if not LONE_SURROGATE.search(block):  # polars would read each of them as the same character
+        try:
+            rows = pl.read_ndjson(io.BytesIO(block), schema=schema)
+            if len(rows) == block.count(b"\n") + (not block.endswith(b"\n")):
+                return rows.with_columns(line=pl.int_range(pl.len(), dtype=pl.Int64) + first_line), []
+        except pl.exceptions.PolarsError:
+            pass  # a bad row, or a blank line: look at each
+    good: list[bytes] = []
+    numbers: list[int] = []
     bad: list[dict] = []
     for number, line in enumerate(block.split(b"\n"), first_line):
         if not line.strip():
             continue
-        row, reason = _json_row(line)
-        if row is None:
-            bad.append(
-                {"line": number, "reason": reason, "detail": line.decode("utf-8", "replace")[:DETAIL_LENGTH]}
-            )
+        values, reason = _json_values(line, schema)
+        if reason:
+            detail = line.decode("utf-8", "replace")[:DETAIL_LENGTH]
+            bad.append({"line": number, "reason": reason, "detail": detail})
         else:
-            good.append({"line": number, **{name: _as_text(row.get(name)) for name in schema}})
-    return pl.DataFrame(good, {"line": pl.Int64, **schema}), bad
+            good.append(values)
+            numbers.append(number)
+    # polars reads the good rows after all: 17.0 must not be one id in this block and another in the next
+    text = io.BytesIO(b"\n".join(good))
+    rows = pl.read_ndjson(text, schema=schema) if good else pl.DataFrame(schema=schema)
+    return rows.with_columns(line=pl.Series(numbers, dtype=pl.Int64)), bad
+
+
+def _json_values(line: bytes, names: Iterable[str]) -> tuple[bytes, str]:
+    """A row with nothing but these columns, as JSON again; or why it is none."""
+    row, reason = _json_row(line)
+    if row is None:
+        return b"", reason
+    try:
+        wanted = {name: row.get(name) for name in names}
+        return json.dumps(wanted, ensure_ascii=False, allow_nan=False).encode("utf-8"), ""
+    except UnicodeEncodeError:
+        return b"", "not_utf8"  # half of a character
+    except (ValueError, RecursionError):
+        return b"", "not_json"  # NaN or infinite
 
 
 def _json_row(line: bytes) -> tuple[dict | None, str]:
     try:
-        row = json.loads(line)
+        # as text, because of bytes `json` guesses that they might be UTF-16
+        text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        row = json.loads(text, object_pairs_hook=_first_of_each)
     except UnicodeDecodeError:
         return None, "not_utf8"
     except (ValueError, RecursionError):
@@ -280,11 +308,12 @@ def _json_row(line: bytes) -> tuple[dict | None, str]:
     return (row, "") if isinstance(row, dict) else (None, "not_an_object")
 
 
-def _as_text(value: object) -> str | None:
-    """A JSON value as polars reads it into a string column: scalars as written, the rest as JSON."""
-    if value is None or isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+def _first_of_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Of a name that stands twice polars takes the first."""
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        found.setdefault(name, value)
+    return found
 
 
 def _check_json_columns(block: bytes, path: str, columns: Columns) -> None:
@@ -324,7 +353,7 @@ def _csv_blocks(
 def _parse_csv(block: bytes, first_line: int, header: list[str]) -> tuple[pl.DataFrame, list[dict]]:
     schema = dict.fromkeys(header, pl.String)
     # Quotes can hide line ends, and a stray one swallow rows: only the row reader keeps both apart.
-    if block.strip() and b'"' not in block:
+    if block.strip() and b'"' not in block and block.count(b"\r") == block.count(b"\r\n"):
         try:
             rows = pl.read_csv(io.BytesIO(block), has_header=False, new_columns=header, schema=schema)
             line = pl.int_range(pl.len(), dtype=pl.Int64) + first_line
@@ -337,7 +366,10 @@ def _parse_csv(block: bytes, first_line: int, header: list[str]) -> tuple[pl.Dat
     for number, raw, reason in _csv_records(block, first_line):
         fields: list[str] = []
         try:
-            fields = next(csv.reader(io.StringIO(raw, newline="")), []) if not reason else []
+            found = [] if reason else list(csv.reader(io.StringIO(raw, newline="")))
+            fields = found[0] if found else []
+            if len(found) > 1:
+                reason = "lone_carriage_return"
         except csv.Error:
             reason = "field_too_long"  # the only thing that the lenient reader refuses
         if not reason and len(fields) > len(header):
@@ -361,7 +393,7 @@ def _csv_records(block: bytes, first_line: int) -> Iterator[tuple[int, str, str]
         while n_quotes % 2 and end < len(lines) and end - at < MAX_RECORD_LINES:
             n_quotes += lines[end].count(b'"')
             end += 1
-        if n_quotes % 2:
+        if n_quotes % 2 or (end - at > 1 and not _is_one_record(b"\n".join(lines[at:end]))):
             yield first_line + at, lines[at].decode("utf-8", "replace"), "unclosed_quote"
             at += 1
             continue
@@ -371,6 +403,15 @@ def _csv_records(block: bytes, first_line: int) -> Iterator[tuple[int, str, str]
         except UnicodeDecodeError:
             yield first_line + at, record.decode("utf-8", "replace"), "not_utf8"
         at = end
+
+
+def _is_one_record(lines: bytes) -> bool:
+    """Whether quotes hold the lines together: an inch mark does not, nor a quote closed inside a field."""
+    try:
+        text = lines.decode("utf-8", "replace")
+        return len(list(csv.reader(io.StringIO(text, newline=""), strict=True))) == 1
+    except csv.Error:
+        return False
 
 
 # --- Parquet --------------------------------------------------------------------------------------
@@ -389,7 +430,7 @@ def _parquet_blocks(
     numbers, first_row = rows_of or RowGroups(tuple(range(parquet.num_row_groups)), 1)
     batches = parquet.iter_batches(max(1, block_size // 100), row_groups=list(numbers), columns=wanted)
     for batch in batches:
-        rows = pl.from_arrow(pa.Table.from_batches([batch]))
+        rows = pl.from_arrow(_in_utc(pa.Table.from_batches([batch])))
         assert isinstance(rows, pl.DataFrame)
         as_text = [name for name in wanted if not isinstance(rows.schema[name], pl.Datetime)]
         rows = rows.with_columns(
@@ -397,6 +438,15 @@ def _parquet_blocks(
         )
         yield _named(rows, columns), []
         first_row += len(rows)
+
+
+def _in_utc(table: pa.Table) -> pa.Table:
+    """Times with a zone, the same moments, in UTC: polars knows no zones such as +05:30."""
+    for at, field in enumerate(table.schema):
+        if pa.types.is_timestamp(field.type) and field.type.tz:
+            moments = table.column(at).cast(pa.timestamp(field.type.unit, "UTC"))
+            table = table.set_column(at, field.name, moments)
+    return table
 
 
 # --- Blocks of whole lines ------------------------------------------------------------------------

@@ -352,10 +352,10 @@ class Job:
             storage.write_array(rows_in(_earlier(self.config), ids), f"{self.folder}/mined-rows.npy")
         mined_from = self._mined_from if name == "mined" else None
         find = FindCandidates(name, self.folder, met, self.config.n_candidates, mined_from)
-        total = len(anchors)
-        counts = self._run(
-            f"candidates {name}", list(enumerate(blocks)), total, "anchor", [("find", beam.Map(find))]
-        )
+        if not blocks:
+            return 0
+        lines = [("find", beam.Map(find))]
+        counts = self._run(f"candidates {name}", list(enumerate(blocks)), len(anchors), "anchor", lines)
         return counts.get("refused", 0)
 
     @property
@@ -433,12 +433,10 @@ class Job:
             collection = pipeline | f"{name}: elements" >> beam.Create(elements)
             for label, transform in transforms:
                 collection = collection | label >> transform
-            # An empty log has a sum too. Beam's own way, a default, would have Dask run the whole line
-            # from inside one task, and all of it again when that task's worker dies.
-            nothing = pipeline | f"{name}: nothing yet" >> beam.Create([{}])
+            # Every element gives counts, so there is a sum. A default for none would have Dask run the whole
+            # line from inside one task, and all of it again when that task's worker dies.
             _ = (
-                (collection, nothing)
-                | "all counts" >> beam.Flatten()
+                collection
                 | "sum" >> beam.CombineGlobally(SumCounts()).without_defaults()
                 | "write counts" >> beam.Map(write_counts, counts_file)
             )

@@ -29,7 +29,7 @@ CHUNK_ROWS = 1_000_000  # events that a split holds in memory before it writes t
 PIECE_BYTES = 64 << 20  # of a Parquet log that are one element
 ROW_BYTES, PLAIN_ROW_BYTES = 20, 150  # of an event in a compressed log and in one that is not: a guess
 BUCKET_ROWS = 500_000  # events that `n_buckets: auto` wants in a bucket
-MIN_BUCKETS, MAX_BUCKETS = 16, 4096
+MIN_BUCKETS, MAX_BUCKETS = 8, 4096
 MICROSECONDS = 1_000_000
 DAY = 86_400 * MICROSECONDS
 
@@ -141,6 +141,7 @@ class Split:
     def _split(self, piece: Piece) -> Iterator[tuple[int, Any]]:
         documents = read_document_ids(self.documents) if self.documents else None
         done = 0
+        yield COUNTS, {"read": 0}  # an empty file has counts too
         for number, (rows, bad, position) in enumerate(self._chunks(piece)):
             counts = {"read": len(rows) + len(bad), "rejected": 0}
             place = f"{piece.number:06d}-{number:06d}"
