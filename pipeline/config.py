@@ -66,7 +66,9 @@ class PairsConfig:
     # mined: what scores above this share of the positive is left out; 0.95: NV-Retriever (Moreira 2024)
     max_positive_ratio: Share = 0.95
     n_candidates: Positive = 20  # bm25, mined: the best of an anchor, among which a pair's hash chooses
-    max_draws: Positive = 20  # a strategy; without an eligible negative the pair is rejected as no_negative
+    max_draws: Positive = (
+        20  # a strategy; then `random` is asked, and then the pair is rejected as no_negative
+    )
     max_events_per_user: Positive = 10_000  # a day; who has more is no reader, and is set aside
     n_buckets: Positive | Auto = (
         "auto"  # files that users are hashed into; auto: about half a million events each

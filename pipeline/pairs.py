@@ -292,8 +292,9 @@ class Job:
         before = dev_start or test_start
         n_documents, n_ranges = self.draft.rows["documents"], max(16, len(files) // 8)
         # In one order, whatever the config's: the order decides which pair asks which strategy.
-        given = self.config.negatives
-        shares = {str(name): given[name] for name in get_args(Strategy) if given.get(name)}
+        # Any document is the last resort: without one, the pairs of the most read documents would be lost.
+        given = {"random": 0.0, **self.config.negatives}
+        shares = {name: given[name] for name in get_args(Strategy) if given.get(name) or name == "random"}
         hard: tuple[str, ...] = tuple(name for name in ("bm25", "mined") if name in shares)
         seed = self.config.seed
 
@@ -370,10 +371,11 @@ class Job:
         if no_negative:
             self.draft.facts["rejects"]["no_negative"] = no_negative
         given, filtered = by_prefix(counts, "negatives:"), by_prefix(counts, "refused:")
+        wanted = {str(name) for name, share in self.config.negatives.items() if share}
         self.draft.facts["negatives"] = {
-            name: {"given": given.get(name, 0), "refused": filtered.get(name, 0) + refused.get(name, 0)}
-            for name, share in self.config.negatives.items()
-            if share
+            name: {"given": n, "refused": filtered.get(name, 0) + refused.get(name, 0)}
+            for name, n in given.items()
+            if n or name in wanted
         }
         if not counts.get("pairs"):
             why = f" ({no_negative:,} had no eligible negative)" if no_negative else ""

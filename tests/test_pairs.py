@@ -228,17 +228,19 @@ def test_too_many_rejects_stop_the_run_and_keep_nothing(tmp_path, log):
     [
         ([], "no events in it"),
         ([("u", "sea.1", 1), ("v", "sea.2", 1)], "gave no pair to train on"),
-        ([("u", "sea.1", 1), ("u", "sea.2", 2)], "1 had no eligible negative"),
+        ([("u", f"sea.{n}", n) for n in range(40)], "39 had no eligible negative"),
     ],
 )
 def test_a_log_that_teaches_nothing_is_refused(tmp_path, log, lines, message):
     rows = [{"user_id": u, "document_id": d, "timestamp": t} for u, d, t in lines]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = [{"document_id": f"sea.{n}", "text": f"text {n}"} for n in range(40)]
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
     with pytest.raises(InputError, match=message):
         run(
             tmp_path,
             events={"paths": [str(tmp_path / "log.jsonl")]},
-            documents={"paths": [str(log / "documents.jsonl")]},
+            documents={"paths": [str(tmp_path / "documents.jsonl")]},
         )
 
 

