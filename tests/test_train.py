@@ -84,6 +84,40 @@ def test_the_similarity_is_the_dot_product_at_the_stated_scale(tiny_model):
     assert (loss.scale, loss.similarity_fct) == (12.5, dot_score)
 
 
+def test_a_text_is_never_a_wrong_answer_to_itself(tiny_model):
+    import torch
+
+    model = load(str(tiny_model), device="cpu").eval()
+    # documents: wave, wave, tide; oven, harbour, wave. The first two rows have one positive, the third's
+    # negative is that text too, and the second row's anchor is the first row's negative.
+    anchors, positives, negatives = (
+        ["sea", "oven", "ship"],
+        ["wave", "wave", "tide"],
+        ["oven", "harbour", "wave"],
+    )
+    allowed = [{0, 2, 3, 4}, {1, 2, 4}, {0, 1, 2, 3, 4, 5}]
+    columns = [model.preprocess(texts) for texts in (anchors, positives, negatives)]
+    found = train.loss_of(settings(tiny_model), model)(columns, torch.zeros(3))
+    a, d = (model.encode(texts, convert_to_tensor=True) for texts in (anchors, positives + negatives))
+    wanted = []
+    for row, columns_allowed in enumerate(allowed):
+        scores = 20 * (a[row] @ d[sorted(columns_allowed)].T)
+        wanted.append(torch.logsumexp(scores, 0) - 20 * (a[row] @ d[row]))
+    assert found.item() == pytest.approx(torch.stack(wanted).mean().item(), abs=1e-4)
+
+
+def test_texts_have_one_code_whatever_the_padding(tiny_model):
+    import torch
+
+    model = load(str(tiny_model), device="cpu")
+    short, padded = model.preprocess(["sea wave"]), model.preprocess(["sea wave", "tide harbour ship sail"])
+    other = model.preprocess(["wave sea"])
+    code = train.text_codes(short)[0]
+    assert code == train.text_codes(padded)[0] != train.text_codes(other)[0]
+    ahead = {name: torch.nn.functional.pad(short[name], (3, 0)) for name in ("input_ids", "attention_mask")}
+    assert train.text_codes(ahead)[0] == code
+
+
 def test_a_triplets_margin_is_measured_in_one_minus_dot(tiny_model):
     import torch
 
