@@ -111,7 +111,7 @@ class Pairs(Artifact):
         events (counts: read, in_sessions, duplicates, rejected), rejects ({reason: count}),
         session_lengths ({"documents a session": sessions}), gap_duration, negatives ({strategy: {given,
         refused}}: how many it gave, and how many of its draws or candidates had been read with the
-        anchor), co_read ({pairs, long_sessions}: what that filter holds).
+        anchor, or have a text of the pair), co_read ({pairs, long_sessions}: what that filter holds).
     rows: events, rejects, sessions, pairs, dev, test, documents.
     """
 

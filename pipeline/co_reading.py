@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-MAX_EXPANDED = 256  # documents of a session whose pairs are written out: at most 32,640
+MAX_EXPANDED = 64  # events of a session whose pairs are written out: at most 2,016
+BLOCK = 4_000_000  # sessions that are looked through at once
 SHIFT = np.uint64(32)
 LONG = np.dtype([("document", np.int32), ("session", np.uint64)])
 
@@ -122,7 +123,12 @@ class CoReading:
         found[order] = np.concatenate(answers)
         if len(self.long_keys):
             rest = np.flatnonzero(~found)
-            found[rest] = self._share_a_long_session(a[rest], b[rest])
+            n_of = np.diff(self.long_first)
+            ends = np.cumsum(np.minimum(n_of[a[rest]], n_of[b[rest]]))
+            for block in np.split(
+                rest, np.searchsorted(ends, np.arange(BLOCK, ends[-1] if len(ends) else 0, BLOCK))
+            ):
+                found[block] = self._share_a_long_session(a[block], b[block])
         return found
 
     def _share_a_long_session(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 Format = Literal["auto", "jsonl", "csv", "parquet"]
 Similarity = Literal["dot_product", "cosine", "euclidean", "manhattan"]
 Auto = Literal["auto"]
-Strategy = Literal["cross_user", "random", "bm25", "mined"]
+Strategy = Literal["cross_user", "bm25", "mined", "random"]
 Paths = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]

@@ -23,10 +23,14 @@ def add_counts(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def failure(error: PipelineError | OSError) -> dict[str, Any]:
-    """What a worker could not do, in one line, and whether the input is to blame."""
+    """What a worker could not do, in one line, and whether the input is to blame.
+
+    Raises:
+        OSError: the error itself, where nobody can mend it: the runner may try again.
+    """
     readable = error if isinstance(error, PipelineError) else from_os_error(error)
     if readable is None:
-        readable = PipelineError(f"{type(error).__name__}: {error}")
+        raise error
     return {"failure": [readable.exit_code, str(readable)]}
 
 

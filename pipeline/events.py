@@ -428,7 +428,8 @@ def _parquet_blocks(
     wanted = [name for name in columns.names() if name in there]
     # a Parquet file has no lines: rows are counted from 1
     numbers, first_row = rows_of or RowGroups(tuple(range(parquet.num_row_groups)), 1)
-    batches = parquet.iter_batches(max(1, block_size // 100), row_groups=list(numbers), columns=wanted)
+    row_bytes = max([100, *(_row_bytes(parquet.metadata.row_group(number)) for number in numbers)])
+    batches = parquet.iter_batches(max(1, block_size // row_bytes), row_groups=list(numbers), columns=wanted)
     for batch in batches:
         rows = pl.from_arrow(_in_utc(pa.Table.from_batches([batch])))
         assert isinstance(rows, pl.DataFrame)
@@ -438,6 +439,11 @@ def _parquet_blocks(
         )
         yield _named(rows, columns), []
         first_row += len(rows)
+
+
+def _row_bytes(group: pq.RowGroupMetaData) -> int:
+    """Of a row on average, before compression."""
+    return group.total_byte_size // max(1, group.num_rows)
 
 
 def _in_utc(table: pa.Table) -> pa.Table:

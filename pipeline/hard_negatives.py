@@ -9,6 +9,7 @@ from pipeline.co_reading import CoReading
 from pipeline.negatives import Candidates
 
 DEPTH = 5  # candidates looked at for each that is wanted: of the best many were read together
+MINED_DEPTH = 10  # candidates kept for each that is wanted: those above a pair's positive are passed over
 BLOCK_BYTES = 64 << 20  # of scores at once
 
 Scores = Callable[[np.ndarray], np.ndarray]  # anchor rows -> scores of all documents, (n, n_documents)

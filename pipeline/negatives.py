@@ -111,9 +111,12 @@ def draw_bm25(candidates: Candidates) -> Draw:
 
 
 def draw_mined(
-    candidates: Candidates, score: Callable[[np.ndarray, np.ndarray], np.ndarray], max_positive_ratio: float
+    candidates: Candidates,
+    score: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    max_positive_ratio: float,
+    n_candidates: int,
 ) -> Draw:
-    """One of the candidates that score at most `max_positive_ratio` times what the positive scores.
+    """One of the `n_candidates` best that score at most `max_positive_ratio` times what the positive scores.
 
     A document nearer than that is likely a positive that nobody clicked (positive-aware mining: Moreira et
     al. 2024, NV-Retriever).
@@ -132,7 +135,7 @@ def draw_mined(
             if not near.any():
                 break
             first = first + near
-        return _one_of(candidates, first, end, hashes)
+        return _one_of(candidates, first, np.minimum(end, first + n_candidates), hashes)
 
     return draw
 

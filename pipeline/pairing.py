@@ -185,8 +185,12 @@ class MetFiles:
         ranges = []
         for number in range(self.n_ranges):
             path = f"{self.folder}/met-{number:05d}.npy"
-            ranges.append(storage.read_array(path) if storage.names(path) else np.empty(0, np.uint64))
-        long = [storage.read_array(path) for path in storage.names(f"{self.folder}/long-*")]
+            ranges.append(
+                storage.read_array(path)
+                if storage.names(self.folder, f"met-{number:05d}.npy")
+                else np.empty(0, np.uint64)
+            )
+        long = [storage.read_array(path) for path in storage.names(self.folder, "long-*")]
         limits = co_reading.bounds(self.n_ranges, self.n_documents)
         long_sessions = np.concatenate([np.empty(0, co_reading.LONG), *long])
         return CoReading.of(ranges, limits, long_sessions, self.n_documents)
@@ -214,7 +218,8 @@ class FindCandidates:
             bm25_scores(self.folder) if self.name == "bm25" else embedded(self.folder, self.mined_from).scores
         )
         met = self.met.open()
-        found = hard_negatives.best(anchors, scores, self.met.n_documents, self.n_candidates, met)
+        n_wanted = self.n_candidates * (hard_negatives.MINED_DEPTH if self.name == "mined" else 1)
+        found = hard_negatives.best(anchors, scores, self.met.n_documents, n_wanted, met)
         table = pa.table({"anchor": found.anchor, "document": found.document, "score": found.score})
         storage.write_arrow(table, f"{self.folder}/candidates-{self.name}-{number:05d}.arrow")
         progress.mark(f"{self.folder}/marks-candidates-{self.name}", f"{number:05d}", len(anchors), {})
@@ -254,6 +259,7 @@ class DrawPairs:
     max_draws: int
     popularity_exponent: float
     max_positive_ratio: float
+    n_candidates: int
     mined_from: str | None
 
     def __call__(self, sessions_file: str) -> dict[str, Any]:
@@ -338,13 +344,13 @@ def strategies(draw: DrawPairs) -> tuple[dict[str, negatives.Draw], CoReading]:
         else:
             score = embedded(draw.folder, draw.mined_from).score
             mined = candidates(draw.folder, name, n_documents)
-            draws[name] = negatives.draw_mined(mined, score, draw.max_positive_ratio)
+            draws[name] = negatives.draw_mined(mined, score, draw.max_positive_ratio, draw.n_candidates)
     return draws, draw.met.open()
 
 
 def candidates(folder: str, strategy: str, n_documents: int) -> negatives.Candidates:
     parts = []
-    for path in storage.names(f"{folder}/candidates-{strategy}-*"):
+    for path in storage.names(folder, f"candidates-{strategy}-*"):
         table = storage.read_arrow(path)
         anchor, document, score = (only(table[name]).to_numpy() for name in table.column_names)
         parts.append(hard_negatives.Found(anchor, document, score, n_refused=0))

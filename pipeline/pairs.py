@@ -12,18 +12,22 @@ Each needs a fact about all that came before: which documents exist, when the he
 popular a document is and with which others it was ever read.
 """
 
+import hashlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
+from uuid import uuid4
 
 import apache_beam as beam
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline import documents as documents_
 from pipeline import events as events_
@@ -109,26 +113,42 @@ def run(
         )
     inputs = inputs_of(config, events, documents)
     settings = settings_of(config, events, documents)
-    with writing(Pairs, out, config=settings, inputs=inputs) as draft:
-        folder = str(draft.folder / "buckets")
-        if config.temp_location:  # a folder of this run's own: others may share the place
-            folder = f"{config.temp_location.rstrip('/')}/{draft.folder.name.lstrip('.')}"
-        storage.remove_folder(folder)  # of a killed run: a bucket must not find another cut's files
-        storage.make_folder(folder)
-        storage.make_folder(f"{folder}/results")
+    with writing(Pairs, out, config=settings, inputs=inputs) as draft, scratch_folder(config, out) as folder:
         job = Job(config, events, documents, draft, folder, options)
         job.write_documents()
         if events.paths:
             job.write_sessions()
             job.remove_events()
             job.write_pairs()
+            job.check_files()
         else:
             job.say("no event log: documents alone")
             draft.facts |= {"dev_start": None, "test_start": None, "events": {}, "rejects": {}}
             draft.facts |= {"session_lengths": {}, "negatives": {}, "co_read": {}}
         draft.facts |= {"description": events.description, "gap_duration": config.gap_duration}
-        storage.remove_folder(folder)
+        if inputs_of(config, events, documents) != inputs:
+            raise PipelineError(
+                "a log, a documents file or pairs.mined_from changed during the run: run it again"
+            )
     return Pairs.open(out)
+
+
+@contextmanager
+def scratch_folder(config: PairsConfig, out: Path) -> Iterator[str]:
+    """A folder of this run's own for bucket files, gone at the end however that comes.
+
+    Its name is new in every run: a worker that lives on must not take an earlier run's tables for this one's.
+    What a killed run of the same `out` left there is removed.
+    """
+    base = config.temp_location.rstrip("/") if config.temp_location else str(out.parent)
+    place = f".{out.name}.buckets-{hashlib.sha256(str(out).encode()).hexdigest()[:8]}-"
+    storage.remove_folders(base, place)
+    folder = f"{base}/{place}{uuid4().hex[:8]}"
+    storage.make_folder(f"{folder}/results")
+    try:
+        yield folder
+    finally:
+        storage.remove_folder(folder)
 
 
 @dataclass
@@ -203,7 +223,8 @@ class Job:
         made = f"{self.folder}/made"
         storage.make_folder(made)
         self._split_and_group("documents", None, MakeDocuments(self.documents.min_readers, made))
-        parts = [storage.read_parquet(path) for path in storage.names(f"{made}/documents-*")]
+        storage.remove(self.folder, "*-passages-*")
+        parts = [storage.read_parquet(path) for path in storage.names(made, "documents-*")]
         storage.remove_folder(made)
         table = pl.concat(parts) if parts else pl.DataFrame()
         if table.is_empty():
@@ -229,7 +250,8 @@ class Job:
         read, rejected = counts.get("read", 0), counts.get("rejected", 0)
         in_sessions, duplicates = counts.get("in_sessions", 0), counts.get("duplicates", 0)
         reasons = by_prefix(counts, "rejected:")
-        self._write_rejects()
+        for path in storage.names(self.folder, "rejects-*"):
+            storage.fetch(path, self.out)
         if not read:
             raise InputError(f"{', '.join(self.events.paths)}: no events in it")
         faults = rejected - sum(reasons.get(reason, 0) for reason in ON_PURPOSE)
@@ -267,19 +289,26 @@ class Job:
     def remove_events(self) -> None:
         """Make room: once the sessions are cut, nobody reads the events again."""
         for kind in ("events", "crowded"):
-            storage.remove(f"{self.folder}/*-{kind}-*")
+            storage.remove(self.folder, f"*-{kind}-*")
 
-    def _write_rejects(self) -> None:
-        """The workers' rejects in one place, by file and line."""
-        parts = [storage.read_parquet(path) for path in storage.names(f"{self.folder}/rejects-*")]
-        if parts:
-            rejects = pl.concat(parts).sort("file", "line", "detail", nulls_last=True)
-            storage.write_parquet(rejects, str(self.out / "rejects-00000.parquet"))
+    def check_files(self) -> None:
+        """Hold the tables against the counts: what was counted must also be there.
+
+        Raises:
+            PipelineError: a table has other rows than were counted.
+        """
+        for name in ("sessions", *SPANS):
+            found = sum(pq.read_metadata(path).num_rows for path in self.out.glob(f"{name}-*.parquet"))
+            if found != self.draft.rows[name]:
+                raise PipelineError(
+                    f"{self.draft.rows[name]} {name} were counted, but {found} are in the files: "
+                    "nothing is kept"
+                )
 
     def _first_reject(self) -> str:
-        rejects = storage.read_parquet(str(self.out / "rejects-00000.parquet"))
-        faults = rejects.filter(~pl.col("reason").is_in(ON_PURPOSE))
-        row: dict[str, Any] = (rejects if faults.is_empty() else faults).row(0, named=True)
+        rejects = pl.scan_parquet(str(self.out / "rejects-*.parquet"), glob=True)
+        faults = rejects.filter(~pl.col("reason").is_in(ON_PURPOSE)).head(1).collect()
+        row: dict[str, Any] = (rejects.head(1).collect() if faults.is_empty() else faults).row(0, named=True)
         where = f"{row['file']} line {row['line']}, " if row["file"] else ""
         return f"first {where}{row['reason']}, {row['detail'][:120]}"
 
@@ -287,7 +316,7 @@ class Job:
 
     def write_pairs(self) -> None:
         """Sessions to pairs-*, dev-* and test-*.parquet."""
-        files = storage.names(f"{self.folder}/*-sessions.arrow")
+        files = storage.names(self.folder, "*-sessions.arrow")
         dev_start, test_start = held_out_spans(files, self.config.holdout_share)
         before = dev_start or test_start
         n_documents, n_ranges = self.draft.rows["documents"], max(16, len(files) // 8)
@@ -311,37 +340,38 @@ class Job:
             max_draws=self.config.max_draws,
             popularity_exponent=self.config.popularity_exponent,
             max_positive_ratio=self.config.max_positive_ratio,
+            n_candidates=self.config.n_candidates,
             mined_from=self._mined_from if "mined" in shares else None,
         )
         total = self.draft.rows["sessions"]
         counts = self._run("pairs", files, total, "session", [("draw", beam.Map(draw))])
-        for path in storage.names(f"{self.results}/*.parquet"):
+        for path in storage.names(self.results, "*.parquet"):
             storage.fetch(path, self.out)
         self._note_pairs(counts, refused)
         self.draft.facts |= {"dev_start": _iso(dev_start), "test_start": _iso(test_start)}
 
-    def _survey(self, survey: "Survey") -> None:
+    def _survey(self, survey: Survey) -> None:
         """Popularity, and which documents were read together."""
-        files = storage.names(f"{self.folder}/*-sessions.arrow")
+        files = storage.names(self.folder, "*-sessions.arrow")
         lines = [
             ("survey", beam.FlatMap(survey)),
             ("group", beam.GroupByKey()),
             ("merge", beam.Map(MergeRange(self.folder))),
         ]
         counts = self._run("survey", files, self.draft.rows["sessions"], "session", lines)
-        storage.remove(f"{self.folder}/keys-*")  # not by who merged them: a step may be tried again
+        storage.remove(self.folder, "keys-*")  # not by who merged them: a step may be tried again
         self.draft.facts["co_read"] = {
             "pairs": counts.get("co_read", 0),
             "long_sessions": counts.get("long", 0),
         }
-        parts = [storage.read_arrow(path) for path in storage.names(f"{self.folder}/popularity-*")]
+        parts = [storage.read_arrow(path) for path in storage.names(self.folder, "popularity-*")]
         popularity = add_popularity(parts, survey.n_documents)
         storage.write_array(popularity.n_events, f"{self.folder}/n_events.npy")
         storage.write_array(popularity.only_reader, f"{self.folder}/only_reader.npy")
 
-    def _find_candidates(self, name: str, met: "MetFiles") -> int:
+    def _find_candidates(self, name: str, met: MetFiles) -> int:
         """The hard documents of every anchor that asks for one; returns how many the filter refused."""
-        parts = [storage.read_array(path) for path in storage.names(f"{self.folder}/anchors-{name}-*")]
+        parts = [storage.read_array(path) for path in storage.names(self.folder, f"anchors-{name}-*")]
         anchors = np.unique(np.concatenate([np.empty(0, np.int32), *parts]))
         blocks = [anchors[start : start + ANCHORS] for start in range(0, len(anchors), ANCHORS)]
         texts = only(storage.read_arrow(self.documents_file)["text"])
@@ -350,7 +380,13 @@ class Job:
             write_bm25(texts, self.folder)
         else:
             ids = only(storage.read_arrow(self.documents_file)["document_id"])
-            storage.write_array(rows_in(_earlier(self.config), ids), f"{self.folder}/mined-rows.npy")
+            rows = rows_in(_earlier(self.config), ids)
+            if not (rows >= 0).any():
+                raise InputError(
+                    f"pairs.mined_from: {self.config.mined_from} has none of these documents; name the work "
+                    "folder of a run over the same documents"
+                )
+            storage.write_array(rows, f"{self.folder}/mined-rows.npy")
         mined_from = self._mined_from if name == "mined" else None
         find = FindCandidates(name, self.folder, met, self.config.n_candidates, mined_from)
         if not blocks:
@@ -389,7 +425,7 @@ class Job:
             f"{counts.get('test', 0):,} for test, {no_negative:,} without a negative"
         )
         for name, found in self.draft.facts["negatives"].items():
-            refused_draws = f"{found['refused']:,} refused, read with the anchor"
+            refused_draws = f"{found['refused']:,} refused (read with the anchor, or the pair's own text)"
             self.say(f"negatives by {name}: {found['given']:,}; {refused_draws}")
 
     # --- Lines ---------------------------------------------------------------------------------------
@@ -490,9 +526,16 @@ def _iso(microseconds: int | None) -> str | None:
     return None if microseconds is None else (EPOCH + timedelta(microseconds=microseconds)).isoformat()
 
 
-@lru_cache(maxsize=4096)
 def _digest(path: str) -> str:
-    """Asked twice in a run: once to tell whether anything changed, once for the manifest."""
+    """Of a file's content; asked several times in a run, and read once."""
+    if not storage.is_local(path):
+        return storage.digest(path)
+    status = Path(path).stat()
+    return _digest_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: str, size: int, mtime_ns: int) -> str:
     return storage.digest(path)
 
 

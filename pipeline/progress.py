@@ -33,7 +33,7 @@ def mark(folder: str, part: str, done: int, counts: Mapping[str, int]) -> None:
 def read_marks(folder: str) -> dict[str, int]:
     """The sum of all marks: done, and the counts."""
     total: dict[str, int] = {}
-    for path in names(f"{folder}/*"):
+    for path in names(folder, "*"):
         for pair in PurePath(path).name.split(".")[1:]:
             name, _, value = pair.partition("=")
             total[name] = total.get(name, 0) + int(value)

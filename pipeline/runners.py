@@ -33,8 +33,6 @@ def parse_options(flags: Sequence[str]) -> Options:
     Raises:
         ConfigError: Beam knows no such option or runner, or what the runner needs is not installed.
     """
-    # What goes wrong reaches the driver as a count or an exception; Beam would print it first.
-    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     flags = list(flags)
     only_runner = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_runner.add_argument("--runner", default=DEFAULT_RUNNER)
@@ -47,6 +45,9 @@ def parse_options(flags: Sequence[str]) -> Options:
         given, unknown = known.parse_known_args(flags)
     except SystemExit:
         raise ConfigError(f"{' '.join(flags)}: Beam cannot read these options") from None
+    if runner in (DEFAULT_RUNNER, DASK_RUNNER):
+        # What goes wrong reaches the driver as a count or an exception; Beam would print it first.
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     if unknown:
         raise ConfigError(f"{' '.join(unknown)}: neither an option of this command nor one of Beam's")
     if runner == DASK_RUNNER and not (given.npartitions or given.partition_size):
@@ -69,7 +70,9 @@ def _load_runner(name: str) -> str:
     if name.lower() in ("dask", "daskrunner"):  # the one runner that Beam knows by its path alone
         name = DASK_RUNNER
     if name == DASK_RUNNER and find_spec("distributed") is None:
-        raise ConfigError("--runner dask: distributed is not installed: pip install distributed")
+        raise ConfigError(
+            "--runner dask: distributed is not installed: pip install '.[cluster]' in this repository"
+        )
     try:
         create_runner(name)
     except (ValueError, ImportError, AttributeError) as error:
@@ -95,4 +98,5 @@ def engine_faults_in_a_line(runner: str) -> Iterator[None]:
 
 
 def _n_cores() -> int:
-    return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+    """As many as this process may use; in a container OMP_NUM_THREADS says so, the affinity does not."""
+    return min(len(os.sched_getaffinity(0)), int(os.environ.get("OMP_NUM_THREADS", MAX_THREADS)), MAX_THREADS)

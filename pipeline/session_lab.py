@@ -190,7 +190,7 @@ class Log:
     @cached_property
     def buckets(self) -> list[str]:
         """The numbers of the buckets that hold events, as the files' names begin."""
-        return sorted({Path(path).name.split("-")[0] for path in storage.names(f"{self.folder}/*-events-*")})
+        return sorted({Path(path).name.split("-")[0] for path in storage.names(self.folder, "*-events-*")})
 
     def rows(self, bucket: str) -> pl.DataFrame:
         """A bucket's events as `CODED`, without the users whom the stage sets aside."""
@@ -200,7 +200,7 @@ class Log:
         return set_aside(rows, self.max_events_per_user)[0]
 
     def _read(self, pattern: str, empty: pl.DataFrame) -> pl.DataFrame:
-        tables = [pl.DataFrame(storage.read_arrow(p)) for p in storage.names(f"{self.folder}/{pattern}")]
+        tables = [pl.DataFrame(storage.read_arrow(p)) for p in storage.names(self.folder, pattern)]
         return pl.concat([empty, *(table.select(empty.columns) for table in tables)])
 
     def shown(self, title: str) -> Iterator[pl.DataFrame]:

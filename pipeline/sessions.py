@@ -25,7 +25,8 @@ from pipeline.hashing import mix, stable_hash
 from pipeline.progress import mark
 
 COUNTS = -1  # the key under which counts travel beside the buckets
-CHUNK_ROWS = 1_000_000  # events that a split holds in memory before it writes them into their buckets
+CHUNK_ROWS = 1_000_000  # events that a split holds in memory before it writes them into their buckets,
+CHUNK_BYTES = 256 << 20  # or fewer, where their passages are long
 PIECE_BYTES = 64 << 20  # of a Parquet log that are one element
 ROW_BYTES, PLAIN_ROW_BYTES = 20, 150  # of an event in a compressed log and in one that is not: a guess
 BUCKET_ROWS = 500_000  # events that `n_buckets: auto` wants in a bucket
@@ -167,15 +168,16 @@ class Split:
         """(events, rejects, bytes read so far): blocks joined until they are worth a file a bucket."""
         format = events.format_of(piece.path, self.format)
         held: list[tuple[pl.DataFrame, pl.DataFrame]] = []
-        n_rows = 0
+        n_rows, n_bytes = 0, 0.0
         with storage.open_raw(piece.path) as raw, storage.decompressed(raw, piece.path) as file:
             for rows, bad in events.read(file, piece.path, format, self.columns, rows_of=piece.rows):
                 held.append((rows, bad))
                 n_rows += len(rows) + len(bad)
-                if n_rows >= CHUNK_ROWS:
+                n_bytes += rows.estimated_size()
+                if n_rows >= CHUNK_ROWS or n_bytes >= CHUNK_BYTES:
                     # a Parquet file is not read from front to back; its pieces are small: they count whole
                     yield *_joined(held), 0 if format == "parquet" else raw.tell()
-                    held, n_rows = [], 0
+                    held, n_rows, n_bytes = [], 0, 0.0
         if held:
             yield *_joined(held), piece.n_bytes
 

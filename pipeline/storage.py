@@ -31,7 +31,7 @@ def match(patterns: Iterable[str], setting: str) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         try:
-            paths = names(pattern)
+            paths = _match(pattern)
         except (BeamIOError, ValueError) as error:
             raise InputError(f"{setting}: {pattern}: {' '.join(str(error).split())[:300]}") from None
         if not paths:
@@ -45,14 +45,22 @@ def match(patterns: Iterable[str], setting: str) -> list[str]:
     return found
 
 
-def names(pattern: str) -> list[str]:
-    """Paths of what matches a glob, sorted; none is fine."""
+def names(folder: str, pattern: str) -> list[str]:
+    """Paths of what in a folder matches a glob, sorted; none is fine, and no folder too."""
+    if is_local(folder):
+        return sorted(str(path) for path in Path(folder).glob(pattern))  # a folder may be called [1]
+    return _match(f"{folder}/{pattern}")
+
+
+def _match(pattern: str) -> list[str]:
     (matched,) = FileSystems.match([pattern])
     return sorted(metadata.path for metadata in matched.metadata_list)
 
 
 def size(path: str) -> int:
     """Bytes of one file."""
+    if is_local(path):
+        return Path(path).stat().st_size
     (matched,) = FileSystems.match([path])
     return matched.metadata_list[0].size_in_bytes
 
@@ -71,14 +79,19 @@ def is_local(path: str) -> bool:
 
 
 def make_folder(path: str) -> None:
-    if not FileSystems.exists(path):
+    if is_local(path):
+        Path(path).mkdir(parents=True, exist_ok=True)  # Beam's error would have no errno
+    elif not FileSystems.exists(path):
         FileSystems.mkdirs(path)
 
 
-def remove(pattern: str) -> None:
-    """Remove the files that match a glob; none is fine."""
-    found = names(pattern)
-    if found:
+def remove(folder: str, pattern: str) -> None:
+    """Remove the files in a folder that match a glob; none is fine."""
+    found = names(folder, pattern)
+    if is_local(folder):
+        for path in found:
+            Path(path).unlink(missing_ok=True)
+    elif found:
         FileSystems.delete(found)
 
 
@@ -86,8 +99,15 @@ def remove_folder(path: str) -> None:
     """Remove a folder with all that is in it, if it is there."""
     if is_local(path):
         shutil.rmtree(path, ignore_errors=True)
-    elif names(f"{path}/*"):
+    elif names(path, "*"):
         FileSystems.delete([f"{path}/"])  # Beam's buckets take the slash for "and all below"
+
+
+def remove_folders(folder: str, prefix: str) -> None:
+    """Remove the folders in a folder whose names begin so."""
+    inside = names(folder, f"{prefix}*/*")
+    for path in {path.rpartition("/")[0] for path in inside} | set(names(folder, f"{prefix}*")):
+        remove_folder(path)
 
 
 @contextmanager
@@ -126,7 +146,8 @@ def created(path: str) -> Iterator[BinaryIO]:
     that a reader always finds one.
     """
     parent, _, name = path.rpartition("/")
-    temporary = f"{parent}/.part-{uuid4().hex}-{name}.part"
+    unique = uuid4().hex
+    temporary = f"{parent}/.part-{unique}-{name}.part"
     try:
         with FileSystems.create(
             temporary,
@@ -136,7 +157,7 @@ def created(path: str) -> Iterator[BinaryIO]:
             yield file
     except Exception:
         with suppress(OSError):
-            remove(temporary)  # its room may be what is needed to say so
+            remove(parent, f".part-{unique}-*")  # its room may be what is needed to say so
         raise
     if not is_local(path) and FileSystems.exists(path):
         FileSystems.delete([path])

@@ -88,8 +88,8 @@ def test_a_document_read_twice_was_not_read_with_itself():
     assert (len(keys), len(long)) == (0, 0)
 
 
-@pytest.mark.parametrize(("length", "n_pairs", "n_long"), [(256, 256 * 255 // 2, 0), (257, 0, 257)])
-def test_a_session_of_more_than_256_events_is_kept_as_a_list(length, n_pairs, n_long):
+@pytest.mark.parametrize(("length", "n_pairs", "n_long"), [(64, 64 * 63 // 2, 0), (65, 0, 65)])
+def test_a_session_of_more_than_64_events_is_kept_as_a_list(length, n_pairs, n_long):
     keys, long = co_reading.expand(*columns([list(range(length))]))
     assert (len(keys), len(long)) == (n_pairs, n_long)
 

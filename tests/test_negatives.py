@@ -147,11 +147,11 @@ def test_mined_draws_only_what_is_not_too_near(scores, positives, ratio):
     ]
     rows = [(n, 0, anchor % len(scores), n) for n, (anchor, _) in enumerate(positives)]
     scored = np.array([score for _, score in positives], np.float32)
-    draw = draw_mined(candidates_of(of_anchor), lambda anchors, documents: scored[documents], ratio)
+    draw = draw_mined(candidates_of(of_anchor), lambda anchors, documents: scored[documents], ratio, 2)
     drawn = draw(asked(*rows), HASHES[: len(rows)]).tolist()
     for (_, _, anchor, n), document in zip(rows, drawn, strict=True):
         # NaN, a positive without a vector: no comparison with it is true
-        eligible = [d for d, score in of_anchor[anchor] if score <= ratio * positives[n][1]]
+        eligible = [d for d, score in of_anchor[anchor] if score <= ratio * positives[n][1]][:2]
         assert document == (eligible[int(HASHES[n]) % len(eligible)] if eligible else NONE)
 
 
@@ -209,7 +209,7 @@ def strategies() -> dict:
         "cross_user": draw_cross_user(Popularity(np.array(EVENTS), np.array(ONLY_READER, np.uint64)), 1.0),
         "bm25": draw_bm25(candidates_of(FOUND)),
         "mined": draw_mined(
-            candidates_of(FOUND), lambda a, b: np.array(POSITIVE_SCORE, np.float32)[b], max_positive_ratio=0.5
+            candidates_of(FOUND), lambda a, b: np.array(POSITIVE_SCORE, np.float32)[b], 0.5, n_candidates=2
         ),
     }
 
@@ -223,7 +223,7 @@ def plain_draw(name: str, row: tuple[int, int, int, int], number: int) -> int:
         document = units[(number >> 11) * len(units) >> 53]
         return NONE if ONLY_READER[document] == user else document
     limit = 0.5 * POSITIVE_SCORE[positive] if name == "mined" else math.inf
-    eligible = [d for d, score in FOUND[anchor] if score <= limit]
+    eligible = [d for d, score in FOUND[anchor] if score <= limit][: 2 if name == "mined" else None]
     return eligible[number % len(eligible)] if eligible else NONE
 
 

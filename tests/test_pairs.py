@@ -290,6 +290,45 @@ def test_a_compressed_log_is_read_and_one_cut_short_is_refused(tmp_path, log, sm
         run(tmp_path, "again", **given)
 
 
+@pytest.mark.slow
+def test_folders_and_files_may_have_brackets_in_their_names(tmp_path, log, small):
+    folder = tmp_path / "logs [1]"
+    folder.mkdir()
+    (folder / "events[2026].jsonl").write_bytes((log / "events.jsonl").read_bytes())
+    given = {
+        "events": {"paths": [str(tmp_path / "logs*" / "*.jsonl")], "text": "text"},
+        "documents": {"paths": [str(log / "documents.jsonl")]},
+    }
+    assert run(folder, **given).manifest["files"] == small.manifest["files"]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_nothing_in_the_shared_place_and_takes_nothing_of_anothers(tmp_path, log):
+    shared = tmp_path / "shared"
+    (shared / "of another run").mkdir(parents=True)
+    given = {
+        "events": {"paths": [str(log / "events.jsonl")]},
+        "documents": {"paths": [str(log / "documents.jsonl")]},
+        "pairs": {"temp_location": str(shared)},
+    }
+    assert run(tmp_path, **given).rows["sessions"] == 180
+    (tmp_path / "bad.jsonl").write_text("{broken\n" * 9)
+    with pytest.raises(InputError, match="not_json 9"):
+        run(tmp_path, "bad", **given | {"events": {"paths": [str(tmp_path / "bad.jsonl")]}})
+    assert [path.name for path in shared.iterdir()] == ["of another run"]
+
+
+@pytest.mark.slow
+def test_a_second_run_in_one_process_reads_documents_that_changed(tmp_path, log):
+    rows = (log / "documents.jsonl").read_text()
+    documents = tmp_path / "documents.jsonl"
+    given = {"events": {"paths": [str(log / "events.jsonl")]}, "documents": {"paths": [str(documents)]}}
+    documents.write_text(rows)
+    before = run(tmp_path, **given).read("sessions").to_pylist()
+    documents.write_text('{"document_id": "aaa", "text": "before all others"}\n' + rows)
+    assert run(tmp_path, **given).read("sessions").to_pylist() == before
+
+
 def test_a_glob_that_matches_nothing_is_named(tmp_path):
     with pytest.raises(InputError, match=r"events\.paths: .*nope.*: no such file"):
         run(tmp_path, events={"paths": [str(tmp_path / "nope*.csv")]}, documents={"paths": ["also-not"]})

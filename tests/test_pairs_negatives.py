@@ -102,7 +102,7 @@ def test_popularity_counts_readings_before_the_held_out_ones(rows, n_buckets, n_
         survey = survey_of(folder, before=None if n_early is None else n_early * HOUR)
         for path in in_buckets(rows, n_buckets, folder):
             survey(path)
-        parts = [storage.read_arrow(path) for path in storage.names(f"{folder}/popularity-*")]
+        parts = [storage.read_arrow(path) for path in storage.names(str(folder), "popularity-*")]
         found = pairing.add_popularity(parts, N)
     read = [(user, d) for user, documents in rows[:n_early] for d in documents]
     readers = [{user for user, d in read if d == document} for document in range(N)]
@@ -147,7 +147,7 @@ MIXES: dict[str, dict[str, float]] = {
     "cross_user": {"cross_user": 1.0},
     "bm25": {"bm25": 1.0},
     "mined": {"mined": 1.0},
-    "all four": {"cross_user": 0.3, "random": 0.2, "bm25": 0.25, "mined": 0.25},
+    "all four": {"cross_user": 0.3, "bm25": 0.25, "mined": 0.25, "random": 0.2},
 }
 N_CANDIDATES, MAX_DRAWS, MAX_POSITIVE_RATIO = 4, 3, 0.75
 NEW = ("sea.0", "bread.5")  # documents that the earlier run did not have
@@ -227,7 +227,7 @@ class PlainJob:
 
     def __init__(self, made: Pairs, shares: dict[str, float], earlier: Path) -> None:
         # any document is the last resort, also where `random` has no share
-        order = ("cross_user", "random", "bm25", "mined")
+        order = ("cross_user", "bm25", "mined", "random")
         self.shares = {name: shares.get(name, 0.0) for name in order if name in shares or name == "random"}
         self.documents: list[str] = made.read("documents")["document_id"].to_pylist()
         self.texts: list[str] = made.read("documents")["text"].to_pylist()
@@ -302,8 +302,9 @@ class PlainJob:
             (d for d in self.documents if d != anchor and scores[d] > 0), key=lambda d: -scores[d]
         )
         taken: list[tuple[str, float]] = []
-        for document in ranked[: 5 * N_CANDIDATES]:
-            if len(taken) == N_CANDIDATES:
+        kept = 10 * N_CANDIDATES if name == "mined" else N_CANDIDATES  # those too near are passed over later
+        for document in ranked[: 5 * kept]:
+            if len(taken) == kept:
                 break
             if frozenset((anchor, document)) in self.together:
                 self.counts[f"refused:{name}"] += 1
@@ -336,6 +337,7 @@ class PlainJob:
         if name == "mined":
             limit = self.nearness(anchor, positive)
             eligible = [c for c in eligible if limit is not None and c[1] <= MAX_POSITIVE_RATIO * limit]
+            eligible = eligible[:N_CANDIDATES]
         return eligible[number % len(eligible)][0] if eligible else None
 
 
