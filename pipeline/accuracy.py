@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CUTOFFS = (1, 5, 20, 100)
+MEASURES = {  # what a positive at rank 1, 2, ... counts; behind the last rank it counts nothing
+    **{f"accuracy_at_{k}": np.ones(k) for k in CUTOFFS},
+    "mrr_at_10": 1 / np.arange(1, 11),  # reciprocal rank
+    "ndcg_at_10": 1 / np.log2(np.arange(2, 12)),  # one positive a pair, so the best there can be is 1
+}
+BANDS = ("head", "middle", "tail", "never")  # of documents, by how many training pairs lead to them
 SYSTEMS = ("tuned", "untuned", "bm25")
 BLOCK_BYTES = 64 << 20  # of scores at once: 320 queries against a pool of 50,000
 
@@ -44,13 +50,18 @@ class Placed:
     higher: np.ndarray
     tied: np.ndarray
 
-    def hits(self, k: int) -> np.ndarray:
-        """The chance, 0.0 to 1.0, that the positive is among the first k when ties are shuffled.
+    def expected(self, gains: np.ndarray) -> np.ndarray:
+        """What each positive's rank counts, on average over all orders of the ties; float (n_pairs,).
 
         A system that scores many documents alike gains nothing from their order in the file, and loses
         nothing by it.
+
+        Args:
+            gains: of the ranks 1, 2, ...; ones for the chance to be among the first len(gains).
         """
-        return np.clip((k - self.higher) / (self.tied + 1), 0.0, 1.0)
+        total = np.concatenate([[0.0], np.cumsum(gains)])
+        first, last = np.minimum(self.higher, len(gains)), np.minimum(self.higher + self.tied + 1, len(gains))
+        return (total[last] - total[first]) / (self.tied + 1)
 
 
 def place(score: Scores, held_out: "pd.DataFrame", n_pool: int, needs_a_match: bool = False) -> Placed:
@@ -93,10 +104,32 @@ def place_all(systems: Mapping[str, Scores], held_out: "pd.DataFrame", n_pool: i
 def retrieval_figures(
     config: EvaluateConfig, held_out: "pd.DataFrame", placed: Mapping[str, Placed]
 ) -> dict[str, Any]:
-    """Accuracies with intervals over all test pairs, and again over those never seen in training."""
+    """Accuracies with intervals over all test pairs, over those never seen in training, and by popularity."""
     unseen = ~held_out["seen"].to_numpy()
+    band = bands(held_out["readings"].to_numpy())
     figures = {"reason": None} | (accuracies(config, held_out, placed) or {})
-    return figures | {"unseen": accuracies(config, held_out, placed, unseen)}
+    return figures | {
+        "unseen": accuracies(config, held_out, placed, unseen),
+        "by_popularity": {
+            name: accuracies(config, held_out, placed, band == number) for number, name in enumerate(BANDS)
+        },
+    }
+
+
+def bands(readings: np.ndarray) -> np.ndarray:
+    """Places in BANDS: thirds of the pairs by how popular their positive is, and those it is new to.
+
+    Args:
+        readings: int (n_pairs,), training pairs that lead to each pair's positive; 0 is the band "never".
+
+    Returns:
+        int (n_pairs,); pairs with equally popular positives are in one band.
+    """
+    read = np.sort(readings[readings > 0])[::-1]
+    if not len(read):
+        return np.full(len(readings), BANDS.index("never"))
+    head, middle = read[(len(read) - 1) // 3], read[(len(read) - 1) * 2 // 3]
+    return np.select([readings == 0, readings >= head, readings >= middle], [3, 0, 1], default=2)
 
 
 def accuracies(
@@ -105,10 +138,10 @@ def accuracies(
     placed: Mapping[str, Placed],
     only: np.ndarray | slice = slice(None),
 ) -> dict[str, Any] | None:
-    """Share of pairs with the positive among the first 1, 5, 20, 100; the differences at 20.
+    """MEASURES of every system: share of pairs with the positive among the first 1, 5, ..., and mean gains.
 
-    Intervals are 95 %, by one bootstrap over readers for all figures, so that differences are paired:
-    a reader's pairs come and go together, because they are not independent.
+    The tuned system's lead is at 20. Intervals are 95 %, by one bootstrap over readers for all figures, so
+    that differences are paired: a reader's pairs come and go together, because they are not independent.
 
     Args:
         only: which of the pairs, bool (n_pairs,).
@@ -116,12 +149,15 @@ def accuracies(
     Returns:
         None where there is no pair.
     """
-    hits = {name: np.stack([at.hits(k) for k in CUTOFFS], axis=1)[only] for name, at in placed.items()}
+    hits = {
+        name: np.stack([at.expected(gains) for gains in MEASURES.values()], axis=1)[only]
+        for name, at in placed.items()
+    }
     held_out = held_out[only]
     if held_out.empty:
         return None
     names = list(hits)
-    at_20 = CUTOFFS.index(20)
+    at_20 = list(MEASURES).index("accuracy_at_20")
     others = [name for name in names if name != "tuned"]
     differences = [hits["tuned"][:, at_20] - hits[name][:, at_20] for name in others]
     values = np.concatenate([*hits.values(), np.stack(differences, axis=1)], axis=1)
@@ -134,10 +170,11 @@ def accuracies(
         "n_queries": int(held_out["query"].nunique()),
     }
     figures |= {name: {} for name in names} | {"intervals": {}}
-    for column, (name, k) in enumerate((name, k) for name in names for k in CUTOFFS):
-        figures[name][f"accuracy_at_{k}"] = number(mean[column])
-        figures["intervals"][f"{name}_at_{k}"] = estimate(mean[column], low[column], high[column])
-    for column, name in enumerate(others, start=len(names) * len(CUTOFFS)):
+    for column, (name, measure) in enumerate((name, measure) for name in names for measure in MEASURES):
+        figures[name][measure] = number(mean[column])
+        key = f"{name}_{measure.removeprefix('accuracy_')}"
+        figures["intervals"][key] = estimate(mean[column], low[column], high[column])
+    for column, name in enumerate(others, start=len(names) * len(MEASURES)):
         difference = estimate(mean[column], low[column], high[column], lowest=-1.0)
         figures[f"tuned_minus_{name}_at_20"] = difference
     return figures

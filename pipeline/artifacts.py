@@ -190,6 +190,7 @@ class Report(Artifact):
     """`report/`: report.json (the keys of `evaluate`) and report.html."""
 
     kind: ClassVar[str] = "report"
+    format: ClassVar[int] = 2  # 2: MRR, nDCG and bands of popularity
     stage: ClassVar[str] = "evaluate"
 
     def figures(self) -> dict[str, Any]:

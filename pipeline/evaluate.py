@@ -124,7 +124,8 @@ def read_held_out(
     """The test pairs that can be asked, by queries of this kind, and found.
 
     Columns: anchor_id, positive_id, user_id, session_id; query (row of queries.npy); own and positive
-    (columns of the pool, own -1 where the anchor is not in it); seen (the pair was there in training).
+    (columns of the pool, own -1 where the anchor is not in it); seen (the pair was there in training);
+    readings (training pairs that lead to the positive, from any anchor).
     """
     names = ["anchor_id", "positive_id", "user_id", "session_id"]
     held_out = pairs.read("test", names).to_pandas()
@@ -136,6 +137,7 @@ def read_held_out(
     held_out["own"] = held_out["anchor_id"].map(columns).fillna(-1).astype(np.int64)
     complete = held_out.dropna(subset=["query", "positive"]).reset_index(drop=True)
     complete["seen"] = seen_in_training(pairs, complete)
+    complete["readings"] = readings_in_training(pairs, complete)
     return complete.astype({"query": np.int64, "positive": np.int64})
 
 
@@ -151,6 +153,17 @@ def seen_in_training(pairs: Pairs, held_out: "pd.DataFrame") -> np.ndarray:
         parts.append(table.to_pandas().drop_duplicates())
     trained = pd.MultiIndex.from_frame(pd.concat(parts))
     return pd.MultiIndex.from_frame(held_out[names]).isin(trained)
+
+
+def readings_in_training(pairs: Pairs, held_out: "pd.DataFrame") -> np.ndarray:
+    """How many training pairs lead to each pair's positive, int64 (n,)."""
+    import pandas as pd
+
+    total = pd.Series(0, held_out["positive_id"].unique(), dtype=np.int64)
+    for part in pairs.tables("pairs"):
+        found = pq.read_table(part, columns=["positive_id"])["positive_id"].to_pandas().value_counts()
+        total = total.add(found.reindex(total.index, fill_value=0))
+    return total.reindex(held_out["positive_id"]).to_numpy(np.int64)
 
 
 def scorers(embeddings: Embeddings, queries: "pd.DataFrame", pool: "pd.DataFrame") -> dict[str, Scores]:

@@ -10,11 +10,13 @@ import pytest
 
 from pipeline.report import interval, plots, render, summary, verdict
 
-KEYS = {k: f"accuracy_at_{k}" for k in (1, 5, 20, 100)}
+KEYS = {f"at_{k}": f"accuracy_at_{k}" for k in (1, 5, 20, 100)} | {
+    measure: measure for measure in ("mrr_at_10", "ndcg_at_10")
+}
 SYSTEMS = {
-    "tuned": dict(zip(KEYS.values(), [0.06, 0.17, 0.321, 0.51], strict=True)),
-    "untuned": dict(zip(KEYS.values(), [0.04, 0.12, 0.233, 0.43], strict=True)),
-    "bm25": dict(zip(KEYS.values(), [0.02, 0.06, 0.128, 0.27], strict=True)),
+    "tuned": dict(zip(KEYS.values(), [0.06, 0.17, 0.321, 0.51, 0.11, 0.15], strict=True)),
+    "untuned": dict(zip(KEYS.values(), [0.04, 0.12, 0.233, 0.43, 0.08, 0.1], strict=True)),
+    "bm25": dict(zip(KEYS.values(), [0.02, 0.06, 0.128, 0.27, 0.03, 0.05], strict=True)),
 }
 RETRIEVAL: dict[str, Any] = {
     "reason": None,
@@ -26,7 +28,7 @@ RETRIEVAL: dict[str, Any] = {
     "n_pairs_left_out": 3,
     **SYSTEMS,
     "intervals": {
-        f"{name}_at_{k}": {"mean": shares[key], "low": shares[key] - 0.01, "high": shares[key] + 0.01}
+        f"{name}_{k}": {"mean": shares[key], "low": shares[key] - 0.01, "high": shares[key] + 0.01}
         for name, shares in SYSTEMS.items()
         for k, key in KEYS.items()
     },
@@ -57,7 +59,12 @@ REPORT: dict[str, Any] = {
             for n, r in ((1, 0.6), (8, 0.97), (64, 1.0))
         ],
     },
-    "retrieval": RETRIEVAL | {"unseen": RETRIEVAL | {"n_pairs": 1234}, "typed": RETRIEVAL | {"n_pairs": 777}},
+    "retrieval": RETRIEVAL
+    | {
+        "unseen": RETRIEVAL | {"n_pairs": 1234},
+        "typed": RETRIEVAL | {"n_pairs": 777},
+        "by_popularity": {"head": RETRIEVAL | {"n_pairs": 555}, "middle": None, "tail": None, "never": None},
+    },
     "latency_ms": {"p50": 0.4, "p95": 0.6, "p99": 0.9},
     "examples": [
         {
