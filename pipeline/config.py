@@ -92,6 +92,8 @@ class TrainConfig:
     # A folder, a hub name or package:NAME. Multilingual-MiniLM's card names neither Korean nor Japanese.
     model: str = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"
     revision: str | None = None  # of a hub name
+    query_prefix: str | None = None  # stands before each query, such as E5's "query: "; None: the model's own
+    document_prefix: str | None = None  # before each document, such as "passage: "; saved in the model folder
     loss: Literal["multiple_negatives", "triplet", "contrastive"] = "multiple_negatives"
     scale: float = 20.0  # multiple_negatives: 1 / temperature, the library's default
     margin: Annotated[float, Field(gt=0, le=2)] = 0.5  # triplet, contrastive: of 1 - dot on unit rows

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +94,14 @@ def open_encoder(
     documents: pa.Table,
     revision: str | None = None,
     max_seq_length: int | None = None,
+    prompts: Mapping[str, str] | None = None,
 ) -> Encoder:
     """The encoder at the fastest precision whose rows are as good as float32's."""
 
     def at(precision: str) -> Encoder:
-        return Encoder.open(path, config.device, precision, max_seq_length, config.batch_size, revision)
+        return Encoder.open(
+            path, config.device, precision, max_seq_length, config.batch_size, revision, prompts
+        )
 
     encoder = at(config.precision)
     if encoder.precision == "float32" or config.precision != "auto":
@@ -208,7 +211,9 @@ def _write_untuned(
         np.save(untuned / "queries.npy", np.load(folder / "queries.npy"))
         return
     facts = model.facts
-    encoder = open_encoder(facts["base_model"], config, pool, facts["revision"], facts["max_seq_length"])
+    encoder = open_encoder(
+        facts["base_model"], config, pool, facts["revision"], facts["max_seq_length"], facts.get("prompts")
+    )
     for name, texts, encode in (
         ("documents", pool["text"], encoder.documents),
         ("queries", queries["text"], encoder.queries),

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +50,7 @@ class Encoder:
         max_seq_length: int | None = None,
         batch_size: int = 32,
         revision: str | None = None,
+        prompts: Mapping[str, str] | None = None,
     ) -> Encoder:
         """Open a model folder, a hub name or `package:NAME`.
 
@@ -59,11 +60,14 @@ class Encoder:
                 hardware multiplies it. Vectors are float32 either way.
             max_seq_length: tokens read of a text; None for the model's own.
             revision: of a hub name.
+            prompts: as in `load`.
 
         Raises:
             InputError: it cannot be found or loaded, or its tokenizer does not fit it.
         """
-        model = load(str(path), revision=revision, device=device, max_seq_length=max_seq_length)
+        model = load(
+            str(path), revision=revision, device=device, max_seq_length=max_seq_length, prompts=prompts
+        )
         if precision == "bfloat16" or (precision == "auto" and has_bfloat16(model.device.type)):
             model = model.bfloat16()
         return cls(model, batch_size)
@@ -101,7 +105,12 @@ def has_bfloat16(device: str) -> bool:
 
 
 def load(
-    name: str, *, revision: str | None = None, device: str = "auto", max_seq_length: int | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    max_seq_length: int | None = None,
+    prompts: Mapping[str, str] | None = None,
 ) -> SentenceTransformer:
     """A Sentence Transformers model that pools and normalises, with a tokenizer that was tried.
 
@@ -112,6 +121,8 @@ def load(
     Args:
         name: a folder, a hub name, or `package:NAME` for weights inside an installed package.
         revision: of a hub name.
+        prompts: what stands before each "query" and each "document", in place of the model's own; saved with
+            the model, so that whoever opens it encodes alike.
 
     Raises:
         InputError: as `Encoder.open`.
@@ -135,6 +146,7 @@ def load(
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name}: not a model that loads: {reason}") from error
     _append_normalize(model)
+    model.prompts = {**model.prompts, **(prompts or {})}
     if max_seq_length is not None:
         model.max_seq_length = max_seq_length
     _try_tokenizer(name, model)

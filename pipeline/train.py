@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ def run(config: TrainConfig, pairs: Pairs, out: Path, dim: int) -> Model:
         revision=config.revision,
         device=config.device,
         max_seq_length=config.max_seq_length,
+        prompts=prompts_of(config),
     )
     width = model.get_embedding_dimension()
     if width != dim:
@@ -90,6 +91,7 @@ def run(config: TrainConfig, pairs: Pairs, out: Path, dim: int) -> Model:
             "base_model": config.model,
             "revision": config.revision,
             "max_seq_length": config.max_seq_length,
+            "prompts": {kind: model.prompts.get(kind) or "" for kind in ("query", "document")},
             "trained": trained,
             "main_similarity": config.main_similarity,
             "similarity_before": similarity[0] if similarity else None,
@@ -98,6 +100,12 @@ def run(config: TrainConfig, pairs: Pairs, out: Path, dim: int) -> Model:
         if not trained:
             print("train: no pairs to train on: the weights stay as they are", file=sys.stderr)
     return Model.open(out)
+
+
+def prompts_of(config: TrainConfig) -> dict[str, str]:
+    """The prefixes that the config sets, under Sentence Transformers' names."""
+    given = {"query": config.query_prefix, "document": config.document_prefix}
+    return {kind: prefix for kind, prefix in given.items() if prefix is not None}
 
 
 def fine_tune(
@@ -118,10 +126,10 @@ def fine_tune(
 
     table = _sample(pairs.read("pairs", ["anchor", "positive", "negative"]), config.max_pairs, config.seed)
     columns = columns_for(config.loss, table)
-    evaluators = evaluators_of(config, pairs)
+    evaluators = evaluators_of(config, pairs, model.prompts)
     trainer = _length_grouping_trainer(columns)(
         model=model,
-        args=_arguments(config, columns, checkpoints, evaluates=evaluators is not None),
+        args=_arguments(config, columns, model.prompts, checkpoints, evaluates=evaluators is not None),
         train_dataset=Dataset(columns),
         loss=loss_of(config, model),
         evaluator=evaluators,
@@ -244,7 +252,7 @@ class RetrievalEvaluator:
         return {RETRIEVAL: float((n_above < 20).mean())}
 
 
-def evaluators_of(config: TrainConfig, pairs: Pairs) -> Any | None:
+def evaluators_of(config: TrainConfig, pairs: Pairs, prompts: Mapping[str, str | None]) -> Any | None:
     """Retrieval accuracy first (it chooses the best weights), then similarity; None without dev pairs.
 
     `EmbeddingSimilarityEvaluator` gets the label 1 for positives and 0 for negatives, and compares by
@@ -257,7 +265,10 @@ def evaluators_of(config: TrainConfig, pairs: Pairs) -> Any | None:
         return None
     dev = _sample(pairs.read("dev"), config.n_dev_pairs, config.seed)
     documents = _sample(pairs.read("documents", ["document_id", "text"]), POOL_SIZE, config.seed)
-    anchors, positives, negatives = (dev[c].to_pylist() for c in ("anchor", "positive", "negative"))
+    anchors, positives, negatives = (
+        [(prompts.get(kind) or "") + text for text in dev[name].to_pylist()]
+        for name, kind in (("anchor", "query"), ("positive", "document"), ("negative", "document"))
+    )
     similarity = EmbeddingSimilarityEvaluator(
         anchors + anchors,
         positives + negatives,
@@ -321,7 +332,13 @@ def _length_grouping_trainer(columns: pa.Table) -> Callable[..., Any]:
     return LengthGroupingTrainer
 
 
-def _arguments(config: TrainConfig, columns: pa.Table, checkpoints: Path, evaluates: bool) -> Any:
+def _arguments(
+    config: TrainConfig,
+    columns: pa.Table,
+    prompts: Mapping[str, str | None],
+    checkpoints: Path,
+    evaluates: bool,
+) -> Any:
     from sentence_transformers import SentenceTransformerTrainingArguments
 
     n_steps = max(1, math.ceil(math.ceil(len(columns) / config.batch_size) * config.epochs))
@@ -354,8 +371,17 @@ def _arguments(config: TrainConfig, columns: pa.Table, checkpoints: Path, evalua
         logging_steps=min(LOG_STEPS, every),
         logging_nan_inf_filter=False,  # it would show the last good loss in place of NaN
         report_to="none",
+        prompts=_prompts_by_column(columns, prompts),
         **(best if evaluates else {}),
     )
+
+
+def _prompts_by_column(columns: pa.Table, prompts: Mapping[str, str | None]) -> dict[str, str] | None:
+    """The first column is asked, the others are found; None where nothing stands before either."""
+    texts = [name for name in columns.column_names if name != "label"]
+    by_column = {name: prompts.get("document") or "" for name in texts}
+    by_column[texts[0]] = prompts.get("query") or ""
+    return by_column if any(by_column.values()) else None
 
 
 def _has_cuda() -> bool:

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline import config, pairs, train
 from pipeline.artifacts import Model, Pairs
-from pipeline.encoder import load
+from pipeline.encoder import Encoder, load
 from pipeline.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -116,6 +116,37 @@ def test_texts_have_one_code_whatever_the_padding(tiny_model):
     assert code == train.text_codes(padded)[0] != train.text_codes(other)[0]
     ahead = {name: torch.nn.functional.pad(short[name], (3, 0)) for name in ("input_ids", "attention_mask")}
     assert train.text_codes(ahead)[0] == code
+
+
+def test_prefixes_are_trained_with_and_saved_for_whoever_encodes(made, tiny_model, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    prefixes = {"query_prefix": "sea ", "document_prefix": "bread "}
+    model = train.run(settings(tiny_model, **prefixes, epochs=0.2), made, tmp_path / "model", dim=32)
+    assert model.facts["prompts"] == {"query": "sea ", "document": "bread "}
+    encoder = Encoder.open(model.path, device="cpu")
+    plain = SentenceTransformer(str(model.path), device="cpu")
+    for encode, prefix in ((encoder.queries, "sea "), (encoder.documents, "bread ")):
+        wanted = plain.encode([prefix + "wave"], prompt="", normalize_embeddings=True)
+        np.testing.assert_allclose(encode(["wave"]), wanted, atol=1e-5)
+    # the same log, rows and seed, but other texts: training saw the prefixes
+    bare = train.run(settings(tiny_model, epochs=0.2), made, tmp_path / "bare", dim=32)
+    assert [point["loss"] for point in curve(model) if "loss" in point] != [
+        point["loss"] for point in curve(bare) if "loss" in point
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["anchor", "positive", "negative"], {"anchor": "q: ", "positive": "d: ", "negative": "d: "}),
+        (["sentence1", "sentence2", "label"], {"sentence1": "q: ", "sentence2": "d: "}),
+    ],
+)
+def test_the_first_column_is_asked_and_the_others_are_found(names, wanted):
+    columns = pa.table({name: ["x"] for name in names})
+    assert train._prompts_by_column(columns, {"query": "q: ", "document": "d: "}) == wanted
+    assert train._prompts_by_column(columns, {"query": "", "document": ""}) is None
 
 
 def test_a_triplets_margin_is_measured_in_one_minus_dot(tiny_model):
