@@ -10,7 +10,7 @@ import apache_beam as beam
 import polars as pl
 
 from pipeline.errors import InputError, PipelineError, from_os_error
-from pipeline.storage import read_parquet, write_parquet
+from pipeline.storage import names, read_parquet, write_parquet
 
 
 def add_counts(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -63,7 +63,19 @@ class SumCounts(beam.CombineFn):
 
 
 def write_counts(counts: dict[str, Any], path: str) -> None:
-    """Write what a line found; a failure becomes a name."""
+    """Write what a line found; a failure becomes a name.
+
+    Where people can mend why it cannot be written, nothing is: the driver finds no file, and says why. A
+    worker's own exception would come with Beam's traceback.
+    """
+    try:
+        _write(counts, path)
+    except OSError as error:
+        if from_os_error(error) is None:
+            raise  # the runner may try again
+
+
+def _write(counts: dict[str, Any], path: str) -> None:
     counts = dict(counts)
     exit_code, message = counts.pop("failure", (0, ""))
     if message:
@@ -73,6 +85,16 @@ def write_counts(counts: dict[str, Any], path: str) -> None:
 
 
 def read_counts(path: str) -> dict[str, Any]:
+    """What `write_counts` wrote.
+
+    Raises:
+        OSError: it could not write, and nor can the driver: the disk is full, or the like.
+        PipelineError: it could not, but now there is room.
+    """
+    folder, _, name = path.rpartition("/")
+    if not names(folder, name):
+        _write({}, path)
+        raise PipelineError(f"{path} could not be written, but now it can: run the same command again")
     counts: dict[str, Any] = dict(read_parquet(path).iter_rows())
     for name in [name for name in counts if name.startswith("failure:")]:
         counts["failure"] = [counts.pop(name), name.removeprefix("failure:")]

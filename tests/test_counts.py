@@ -65,6 +65,16 @@ def test_what_nobody_can_mend_is_raised_so_that_the_runner_tries_again():
         failure(OSError(5, "Input/output error"))
 
 
+def test_counts_that_had_no_room_are_said_by_the_driver_not_by_a_worker(tmp_path):
+    (tmp_path / "file").touch()
+    path = str(tmp_path / "file" / "counts.parquet")
+    write_counts({"read": 1}, path)  # a place below a file: nobody can write there
+    with pytest.raises(OSError, match="file"):
+        read_counts(path)
+    with pytest.raises(PipelineError, match="run the same command again"):
+        read_counts(str(tmp_path / "counts.parquet"))
+
+
 def test_counts_come_back_from_a_file_as_they_were(tmp_path):
     path = str(tmp_path / "counts.parquet")
     counts = {"read": 2**40, "rejected:not_json": 0, "failure": [2, "a: failure: of two\nlines"]}
