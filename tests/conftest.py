@@ -5,7 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# A busy machine is no reason to fail: the first example of a test may load libraries.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a model hub
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
