@@ -54,7 +54,8 @@ class DocumentsConfig:
 class PairsConfig:
     """How events become sessions, and sessions (anchor, positive, negative)."""
 
-    gap_duration: Positive = 1800  # seconds; a gap of exactly this starts a new session
+    # seconds, at most a year; a gap of exactly this starts a new session
+    gap_duration: Annotated[int, Field(ge=1, le=31_536_000)] = 1800
     holdout_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # of the sessions, for dev, and again for test
     seed: Seed = 7
     # A share for each strategy; hard negatives (bm25, mined) help in small doses.

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 SAMPLE = 4_000  # pairs of a gap, or steps of a band, that are looked at closely; the counts are of all
 POOL = 50_000  # documents that BM25 learns its word weights from
 DRAWS = 2_000  # of the bootstrap over readers
+YEAR = 31_536_000  # seconds
 BLOCK = 2_000_000  # sessions of documents that are compared at once
 REDRAWS = 20  # of a random document that is the anchor itself
 PER_DECADE, DECADES = 6, 9  # bars of the histogram: from 1 s to 10^9 s (32 years)
@@ -94,13 +95,13 @@ def parse_gaps(text: str) -> list[int]:
     """ "300,900" as seconds.
 
     Raises:
-        ConfigError: an entry is not a whole number above 0.
+        ConfigError: an entry is not a whole number from 1 to a year's seconds.
     """
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
-        if not (part.isascii() and part.isdigit() and int(part)):
+        if not (part.isascii() and part.isdigit() and 1 <= int(part) <= YEAR):
             raise ConfigError(
-                f"--gaps {text}: {part!r} is not a whole number of seconds above 0; "
+                f"--gaps {text}: {part!r} is not a whole number of seconds from 1 to a year; "
                 "wanted such as --gaps 300,900,1800"
             )
     return [int(part) for part in parts]
