@@ -32,6 +32,17 @@ class Bm25:
 
     @classmethod
     def of(cls, documents: Iterable[str]) -> "Bm25":
+        return cls._indexed(documents)[0]
+
+    @classmethod
+    def with_counts(cls, documents: Iterable[str]) -> tuple["Bm25", "csr_array"]:
+        """The index, and `counts` of its own documents without reading them twice."""
+        index, ids = cls._indexed(documents)
+        return index, index._table(ids)
+
+    @classmethod
+    def _indexed(cls, documents: Iterable[str]) -> tuple["Bm25", list[list[int]]]:
+        """The index, and the words of each document as rows of `scores`."""
         import bm25s
         from scipy import sparse
 
@@ -40,7 +51,7 @@ class Bm25:
         vocabulary: dict[str, int] = {"": 0}  # bm25s wants the empty word, and cannot index none at all
         ids = [[vocabulary.setdefault(w, len(vocabulary)) for w in words(text)] for text in documents]
         if len(vocabulary) == 1:
-            return cls(vocabulary, sparse.csr_array((1, len(ids)), dtype=np.float32))
+            return cls(vocabulary, sparse.csr_array((1, len(ids)), dtype=np.float32)), ids
         retriever = bm25s.BM25()
         retriever.index((ids, vocabulary), show_progress=False)
         postings = retriever.scores  # documents x words by column, so words x documents by row
@@ -48,17 +59,19 @@ class Bm25:
             (postings["data"], postings["indices"], postings["indptr"]),
             shape=(len(postings["indptr"]) - 1, len(ids)),
         )
-        return cls(vocabulary, table)
+        return cls(vocabulary, table), ids
 
     def counts(self, texts: Iterable[str]) -> "csr_array":
         """How often each text has each known word, sparse float32 (n_texts, n_words)."""
+        return self._table([[self.words[w] for w in words(text) if w in self.words] for text in texts])
+
+    def _table(self, ids: list[list[int]]) -> "csr_array":
         from scipy import sparse
 
-        known = [[self.words[w] for w in words(text) if w in self.words] for text in texts]
-        columns = np.concatenate([np.empty(0, np.int64), *(np.asarray(k, np.int64) for k in known)])
-        lines = np.repeat(np.arange(len(known)), [len(k) for k in known])
+        columns = np.concatenate([np.empty(0, np.int64), *(np.asarray(row, np.int64) for row in ids)])
+        lines = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
         ones = np.ones(len(columns), np.float32)
-        shape = (len(known), self.scores.shape[0])
+        shape = (len(ids), self.scores.shape[0])
         return sparse.coo_array((ones, (lines, columns)), shape=shape).tocsr()
 
 

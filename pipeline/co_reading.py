@@ -1,7 +1,7 @@
 """Which two documents were ever read in one session: keys on disk, built by ranges, asked by millions.
 
 A key is both documents' rows in one number, the smaller first. It is exact: nothing is sampled or hashed.
-A session's pairs grow with the square of its length, so sessions of more than MAX_EXPANDED documents are kept
+A session's pairs grow with the square of its length, so sessions of more than MAX_EXPANDED events are kept
 as lists instead, and a question about two documents that both stand in such lists looks for one in common.
 """
 

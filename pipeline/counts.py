@@ -3,7 +3,7 @@
 A runner's own exceptions lose the type and the message, and not every runner has metrics.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -11,6 +11,8 @@ import polars as pl
 
 from pipeline.errors import InputError, PipelineError, from_os_error
 from pipeline.storage import names, read_parquet, write_parquet
+
+COUNTS = -1  # the key under which counts travel beside numbered files
 
 
 def add_counts(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -32,6 +34,22 @@ def failure(error: PipelineError | OSError) -> dict[str, Any]:
     if readable is None:
         raise error
     return {"failure": [readable.exit_code, str(readable)]}
+
+
+def counted(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """What `work` counts, or its failure."""
+    try:
+        return work(*given)
+    except (PipelineError, OSError) as error:
+        return failure(error)
+
+
+def keyed(found: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """All of a step's (number, file) and (COUNTS, counts), or its failure."""
+    try:
+        return list(found)
+    except (PipelineError, OSError) as error:
+        return [(COUNTS, failure(error))]
 
 
 def raise_failure(counts: Mapping[str, Any]) -> None:

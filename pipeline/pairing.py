@@ -21,11 +21,10 @@ from pipeline import co_reading, hard_negatives, negatives, progress, storage
 from pipeline import events as events_
 from pipeline.bm25 import Bm25
 from pipeline.co_reading import CoReading
-from pipeline.counts import failure
-from pipeline.errors import PipelineError
+from pipeline.counts import COUNTS, counted, keyed
 from pipeline.hashing import mix
 from pipeline.negatives import NONE, AskedPairs, Popularity
-from pipeline.sessions import COUNTS, Sessions, as_dictionary, only, with_rows
+from pipeline.sessions import Sessions, as_dictionary, only, with_rows
 
 SPANS = ("pairs", "dev", "test")  # by time; "pairs" are for training
 PAIR_COLUMNS = [
@@ -79,8 +78,8 @@ def add_popularity(parts: Iterable[pa.Table], n_documents: int) -> Popularity:
 
 def write_bm25(texts: pa.Array, folder: str) -> None:
     """The BM25 index of the documents, and the documents as queries, as arrays that workers map."""
-    index = Bm25.of(texts.to_pylist())
-    for name, table in (("scores", index.scores), ("counts", index.counts(texts.to_pylist()))):
+    index, counts = Bm25.with_counts(texts.to_pylist())
+    for name, table in (("scores", index.scores), ("counts", counts)):
         for part in ("data", "indices", "indptr"):
             storage.write_array(getattr(table, part), f"{folder}/bm25-{name}-{part}.npy")
         storage.write_array(np.array(table.shape), f"{folder}/bm25-{name}-shape.npy")
@@ -111,10 +110,7 @@ class Survey:
 
     def __call__(self, sessions_file: str) -> list[tuple[int, Any]]:
         """Sessions file -> (range, keys file) and (COUNTS, counts)."""
-        try:
-            return list(self._survey(sessions_file))
-        except (PipelineError, OSError) as error:
-            return [(COUNTS, failure(error))]
+        return keyed(self._survey(sessions_file))
 
     def _survey(self, sessions_file: str) -> Iterator[tuple[int, Any]]:
         bucket = _number_of(sessions_file)
@@ -131,7 +127,7 @@ class Survey:
             storage.write_array(long, f"{self.folder}/long-{bucket}.npy")
         if self.hard:
             self._note_anchors(sessions, bucket)
-        progress.mark(f"{self.folder}/marks-survey", bucket, len(sessions), {})
+        progress.mark(progress.marks_of(self.folder, "survey"), bucket, len(sessions), {})
         yield COUNTS, {"long": len(np.unique(long["session"]))}
 
     def _popularity(self, sessions: Sessions) -> pa.Table:
@@ -164,8 +160,8 @@ class MergeRange:
 
     folder: str
 
-    def __call__(self, keyed: tuple[int, Iterable[Any]]) -> dict[str, Any]:
-        return with_rows(keyed, self._merge)
+    def __call__(self, group: tuple[int, Iterable[Any]]) -> dict[str, Any]:
+        return with_rows(group, self._merge)
 
     def _merge(self, number: int, paths: list[str]) -> dict[str, Any]:
         keys = co_reading.merge(storage.read_array(path) for path in paths)
@@ -182,14 +178,9 @@ class MetFiles:
     n_ranges: int
 
     def open(self) -> CoReading:
-        ranges = []
-        for number in range(self.n_ranges):
-            path = f"{self.folder}/met-{number:05d}.npy"
-            ranges.append(
-                storage.read_array(path)
-                if storage.names(self.folder, f"met-{number:05d}.npy")
-                else np.empty(0, np.uint64)
-            )
+        there = set(storage.names(self.folder, "met-*"))
+        paths = (f"{self.folder}/met-{number:05d}.npy" for number in range(self.n_ranges))
+        ranges = [storage.read_array(p) if p in there else np.empty(0, np.uint64) for p in paths]
         long = [storage.read_array(path) for path in storage.names(self.folder, "long-*")]
         limits = co_reading.bounds(self.n_ranges, self.n_documents)
         long_sessions = np.concatenate([np.empty(0, co_reading.LONG), *long])
@@ -208,10 +199,7 @@ class FindCandidates:
 
     def __call__(self, numbered: tuple[int, np.ndarray]) -> dict[str, Any]:
         number, anchors = numbered
-        try:
-            return self._find(number, anchors)
-        except (PipelineError, OSError) as error:
-            return failure(error)
+        return counted(self._find, number, anchors)
 
     def _find(self, number: int, anchors: np.ndarray) -> dict[str, Any]:
         scores = (
@@ -222,7 +210,8 @@ class FindCandidates:
         found = hard_negatives.best(anchors, scores, self.met.n_documents, n_wanted, met)
         table = pa.table({"anchor": found.anchor, "document": found.document, "score": found.score})
         storage.write_arrow(table, f"{self.folder}/candidates-{self.name}-{number:05d}.arrow")
-        progress.mark(f"{self.folder}/marks-candidates-{self.name}", f"{number:05d}", len(anchors), {})
+        marks = progress.marks_of(self.folder, f"candidates {self.name}")
+        progress.mark(marks, f"{number:05d}", len(anchors), {})
         return {"refused": found.n_refused}
 
 
@@ -263,18 +252,15 @@ class DrawPairs:
     mined_from: str | None
 
     def __call__(self, sessions_file: str) -> dict[str, Any]:
-        try:
-            return self._draw(sessions_file)
-        except (PipelineError, OSError) as error:
-            return failure(error)
+        return counted(self._draw, sessions_file)
 
     def _draw(self, sessions_file: str) -> dict[str, Any]:
         bucket = _number_of(sessions_file)
         sessions = Sessions.from_arrow(storage.read_arrow(sessions_file))
         documents = storage.read_arrow(f"{self.folder}/documents.arrow")
         session, pairs = ask(sessions, only(documents["hash"]).to_numpy(), self.seed)
-        draws, met = strategies(self)
         same_text = only(documents["same_text"]).to_numpy()
+        draws, met = strategies(self)
         negative, counts = negatives.choose(pairs, dict(self.shares), draws, met, self.max_draws, same_text)
         lost = np.flatnonzero(negative == NONE)
         counts["no_negative"] = len(lost)
@@ -288,7 +274,8 @@ class DrawPairs:
             if len(rows):
                 storage.write_dictionaries(table(rows), f"{self.out}/{name}-{bucket}.parquet")
             counts[name] = len(rows)
-        progress.mark(f"{self.folder}/marks-pairs", bucket, len(sessions), {"pairs": len(pairs)})
+        marks = progress.marks_of(self.folder, "pairs")
+        progress.mark(marks, bucket, len(sessions), {"pairs": len(pairs)})
         return counts
 
     def _table(
@@ -303,14 +290,14 @@ class DrawPairs:
         texts, ids = only(documents["text"]), only(documents["document_id"])
         same_text = only(documents["same_text"]).to_numpy()
         found = np.where(negative == NONE, pairs.anchor, negative)
-        of_user = sessions.first_of_user[session]
+        session_id, of_user = sessions.session_id, sessions.first_of_user[session]
 
         def table(rows: np.ndarray) -> pa.Table:
             columns: dict[str, pa.Array] = {}
             for name, of in (("anchor", pairs.anchor), ("positive", pairs.positive), ("negative", found)):
                 columns[name] = as_dictionary(same_text[of[rows]], texts)
                 columns[f"{name}_id"] = as_dictionary(of[rows], ids)
-            columns["session_id"] = as_dictionary(session[rows], sessions.session_id)
+            columns["session_id"] = as_dictionary(session[rows], session_id)
             columns["user_id"] = as_dictionary(of_user[rows], sessions.user_id)
             return pa.table({name: columns[name] for name in PAIR_COLUMNS})
 

@@ -327,7 +327,8 @@ class Job:
         hard: tuple[str, ...] = tuple(name for name in ("bm25", "mined") if name in shares)
         seed = self.config.seed
 
-        self._survey(Survey(self.folder, n_documents, n_ranges, before, seed, tuple(shares.items()), hard))
+        survey = Survey(self.folder, n_documents, n_ranges, before, seed, tuple(shares.items()), hard)
+        self._survey(files, survey)
         met = MetFiles(self.folder, n_documents, n_ranges)
         refused = {name: self._find_candidates(name, met) for name in hard}
         draw = DrawPairs(
@@ -350,9 +351,8 @@ class Job:
         self._note_pairs(counts, refused)
         self.draft.facts |= {"dev_start": _iso(dev_start), "test_start": _iso(test_start)}
 
-    def _survey(self, survey: Survey) -> None:
+    def _survey(self, files: list[str], survey: Survey) -> None:
         """Popularity, and which documents were read together."""
-        files = storage.names(self.folder, "*-sessions.arrow")
         lines = [
             ("survey", beam.FlatMap(survey)),
             ("group", beam.GroupByKey()),
@@ -441,7 +441,7 @@ class Job:
             format=self.events.format,
             n_buckets=n_buckets,
             folder=self.folder,
-            marks=self._marks(name),
+            marks=progress.marks_of(self.folder, name),
             documents=documents,
             unknown_reason="unknown_document" if self.documents.paths else "too_few_readers",
             max_events_per_user=self.config.max_events_per_user,
@@ -455,16 +455,13 @@ class Job:
         ]
         return self._run(name, found, sum(piece.n_bytes for piece in found), "B", transforms)
 
-    def _marks(self, name: str) -> str:
-        return f"{self.folder}/marks-{name.replace(' ', '-')}"
-
     def _run(
         self, name: str, elements: list, total: int, unit: str, transforms: list[tuple[str, beam.PTransform]]
     ) -> dict[str, Any]:
         """Run one straight line and return its summed counts; a worker's failure is raised here."""
         counts_file = f"{self.folder}/counts-{name.replace(' ', '-')}.parquet"
         with (
-            progress.shown(f"pairs: {name}", total, unit, self._marks(name)),
+            progress.shown(f"pairs: {name}", total, unit, progress.marks_of(self.folder, name)),
             engine_faults_in_a_line(self.options.runner),
             beam.Pipeline(runner=self.options.runner, options=self.options.beam) as pipeline,
         ):
@@ -546,8 +543,8 @@ class MakeDocuments:
     min_readers: int
     out: str
 
-    def __call__(self, keyed: tuple[int, Iterable[Any]]) -> dict[str, Any]:
-        return with_rows(keyed, self._make)
+    def __call__(self, group: tuple[int, Iterable[Any]]) -> dict[str, Any]:
+        return with_rows(group, self._make)
 
     def _make(self, bucket: int, paths: list[str]) -> dict[str, Any]:
         rows = pl.concat([pl.DataFrame(storage.read_arrow(path)) for path in paths])

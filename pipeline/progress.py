@@ -18,11 +18,16 @@ EVERY = 1.0  # seconds between two looks at a local folder
 EVERY_REMOTE = 15.0  # a bucket's listing is slow, and is paid for
 
 
+def marks_of(folder: str, line: str) -> str:
+    """Where a line's marks are, in the folder that driver and workers share."""
+    return f"{folder}/marks-{line.replace(' ', '-')}"
+
+
 def mark(folder: str, part: str, done: int, counts: Mapping[str, int]) -> None:
     """Say from a worker that `done` units more are done; a part that is tried again overwrites its mark.
 
     Args:
-        folder: as given to `shown`.
+        folder: `marks_of` the line.
         part: names the piece of work, without dots: "000003-000012".
         counts: what the bar shows beside it.
     """

@@ -411,8 +411,7 @@ class Similarity:
         pool = np.random.default_rng(0).permutation(len(texts))[:POOL]
         self.rows = np.unique(np.concatenate([pool, *(rows.ravel() for rows in asked)]))
         known = texts.take(pa.array(self.rows)).to_pylist()
-        index = Bm25.of(known)
-        self.counts: csr_array = index.counts(known)
+        index, self.counts = Bm25.with_counts(known)
         self.scores: csr_array = index.scores.T.tocsr()
 
     def __call__(self, query: np.ndarray, document: np.ndarray) -> np.ndarray:

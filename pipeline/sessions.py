@@ -19,12 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import events, storage
-from pipeline.counts import add_counts, failure
-from pipeline.errors import PipelineError
+from pipeline.counts import COUNTS, add_counts, counted, keyed
 from pipeline.hashing import mix, stable_hash
-from pipeline.progress import mark
+from pipeline.progress import mark, marks_of
 
-COUNTS = -1  # the key under which counts travel beside the buckets
 CHUNK_ROWS = 1_000_000  # events that a split holds in memory before it writes them into their buckets,
 CHUNK_BYTES = 256 << 20  # or fewer, where their passages are long
 PIECE_BYTES = 64 << 20  # of a Parquet log that are one element
@@ -41,11 +39,11 @@ CODED: dict[str, Any] = {  # an event in a bucket file
     "timestamp": pl.Int64,  # microseconds since 1970, UTC
     "text": pl.UInt64,  # hash of the passage: all that telling a duplicate needs
 }
-CROWDED: dict[str, Any] = {
+CROWDED: dict[str, Any] = {  # a day of a user with too many events
     "user_id": pl.String,
     "day": pl.Int64,
     "events": pl.UInt32,
-}  # of a user with too many events
+}
 
 
 class Piece(NamedTuple):
@@ -134,10 +132,7 @@ class Split:
 
     def __call__(self, piece: Piece) -> list[tuple[int, Any]]:
         """Piece -> (bucket, bucket file) and (COUNTS, counts)."""
-        try:
-            return list(self._split(piece))
-        except (PipelineError, OSError) as error:
-            return [(COUNTS, failure(error))]
+        return keyed(self._split(piece))
 
     def _split(self, piece: Piece) -> Iterator[tuple[int, Any]]:
         documents = read_document_ids(self.documents) if self.documents else None
@@ -234,6 +229,11 @@ def coded(rows: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def events_a_day(rows: pl.DataFrame) -> pl.DataFrame:
+    """user_id, day (UTC, since 1970) and events, of rows as CODED."""
+    return rows.group_by("user_id", day=pl.col("timestamp").floordiv(DAY)).agg(events=pl.len())
+
+
 def set_aside(rows: pl.DataFrame, max_events: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Take out users with more than `max_events` on a day (UTC): nobody reads that much.
 
@@ -250,11 +250,7 @@ def set_aside(rows: pl.DataFrame, max_events: int) -> tuple[pl.DataFrame, pl.Dat
     many = rows.group_by("user").len().filter(pl.col("len") > max_events)
     if many.is_empty():
         return rows, pl.DataFrame(schema=CROWDED)
-    days = (
-        rows.join(many, on="user", how="semi")
-        .group_by("user_id", day=pl.col("timestamp").floordiv(DAY))
-        .agg(events=pl.len())
-    )
+    days = events_a_day(rows.join(many, on="user", how="semi"))
     crowded = days.filter((pl.col("events").max().over("user_id")) > max_events).sort("user_id", "day")
     return rows.join(crowded, on="user_id", how="anti", maintain_order="left"), crowded
 
@@ -263,16 +259,11 @@ def set_aside(rows: pl.DataFrame, max_events: int) -> tuple[pl.DataFrame, pl.Dat
 
 
 def with_rows(
-    keyed: tuple[int, Iterable[Any]], handle: Callable[[int, list[str]], dict[str, Any]]
+    group: tuple[int, Iterable[Any]], handle: Callable[[int, list[str]], dict[str, Any]]
 ) -> dict[str, Any]:
     """What `handle` counts in a group's files; the sum, where the key is COUNTS; or the failure."""
-    number, values = keyed
-    if number == COUNTS:
-        return add_counts(values)
-    try:
-        return handle(number, sorted(values))
-    except (PipelineError, OSError) as error:
-        return failure(error)
+    number, values = group
+    return add_counts(values) if number == COUNTS else counted(handle, number, sorted(values))
 
 
 @dataclass(frozen=True)
@@ -288,8 +279,8 @@ class CutBucket:
     folder: str
     out: str
 
-    def __call__(self, keyed: tuple[int, Iterable[Any]]) -> dict[str, Any]:
-        return with_rows(keyed, self._cut)
+    def __call__(self, group: tuple[int, Iterable[Any]]) -> dict[str, Any]:
+        return with_rows(group, self._cut)
 
     def _cut(self, bucket: int, paths: list[str]) -> dict[str, Any]:
         rows, crowded = (_read_all(paths, name, schema) for name, schema in READ.items())
@@ -310,7 +301,7 @@ class CutBucket:
             "duplicates": n_duplicates,
             "sessions": len(sessions),
         }
-        mark(f"{self.folder}/marks-sessions", f"{bucket:05d}", 0, {"sessions": len(sessions)})
+        mark(marks_of(self.folder, "sessions"), f"{bucket:05d}", 0, {"sessions": len(sessions)})
         return counts | {f"length:{length}": int(n) for length, n in zip(lengths, times, strict=True)}
 
     def _set_aside(self, rows: pl.DataFrame, crowded: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -318,8 +309,7 @@ class CutBucket:
         if len(crowded):
             rest = rows.join(crowded, on="user_id", how="semi")
             rows = rows.join(crowded, on="user_id", how="anti", maintain_order="left")
-            days = rest.group_by("user_id", day=pl.col("timestamp").floordiv(DAY)).agg(events=pl.len())
-            crowded = pl.concat([crowded, days.cast(crowded.schema)])
+            crowded = pl.concat([crowded, events_a_day(rest).cast(crowded.schema)])
         rows, more = set_aside(rows, self.max_events_per_user)
         crowded = pl.concat([crowded, more.cast(crowded.schema)])
         return rows, crowded.group_by("user_id", "day").agg(pl.col("events").sum()).sort("user_id", "day")
