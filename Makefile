@@ -14,7 +14,7 @@ RUN := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check install --quiet
 EXTRAS := --extra pairs --extra import --extra train --extra index --extra evaluate --extra serving --extra demo
 
-.PHONY: help demo real serve test test-twin test-properties cluster test-cluster bench bench-train ablation lint lock clean
+.PHONY: help demo real serve test test-twin test-properties cluster test-cluster bench bench-encode bench-train ablation lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -70,6 +70,9 @@ bench-train: .venv/dev  ## training against Sentence Transformers' trainer as it
 	@$(RUN) -m pipeline pairs --config configs/wikispeedia.yaml --work work/wikispeedia
 	@$(RUN) benchmarks/train.py --pairs work/wikispeedia/pairs --markdown work/bench/train.md
 
+bench-encode: .venv/dev  ## encoding against Sentence Transformers' own options, titles and 200-word passages
+	@$(RUN) benchmarks/encode.py --markdown work/bench/encode.md
+
 ablation: .venv/dev  ## negatives, losses and prefixes on Wikispeedia, a model each: an hour on two cores; DATA=DIR
 	@$(RUN) -m pipeline import wikispeedia $(DATA) --out work/wikispeedia/input
 	@$(RUN) benchmarks/ablation.py --config configs/wikispeedia.yaml --work work/ablation --pairs 6000 \
@@ -89,7 +92,7 @@ cluster: .venv/dev  ## a Dask scheduler and two workers for --runner dask, until
 test-properties: .venv/dev  ## sessions against Beam's own windows and themselves, 2,000 drawn logs a property
 	@HYPOTHESIS_CASES=2000 POLARS_MAX_THREADS=1 $(RUN) -m pytest tests/test_session_properties.py
 
-test-cluster: .venv/dev  ## the pairs stage on a Dask cluster, a worker killed on the way: the same bytes
+test-cluster: .venv/dev  ## stages pairs and encode on a Dask cluster, a worker killed on the way: the same bytes
 	@$(RUN) -m pytest -m cluster tests/test_cluster.py
 
 lint: .venv/dev  ## ruff and mypy

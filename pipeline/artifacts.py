@@ -118,12 +118,13 @@ class Pairs(Artifact):
         pairs, duplicates, rejected}, or {}), bm25_top ({texts, pairs, without_negative}, or {}),
         negatives (summed over sessions, queries and synthetic: {strategy: {given, refused}}: how many it
         gave, and how many of its draws or candidates had been read with the anchor, or have a text of the
-        pair), co_read ({pairs, long_sessions}: what that filter holds).
+        pair), co_read ({pairs, long_sessions}: what that filter holds), excluded ({reason: documents}
+        kept out by documents.exclude: "document_ids", "columns.NAME").
     rows: events, rejects, sessions, pairs, dev, test, documents.
     """
 
     kind: ClassVar[str] = "pairs"
-    format: ClassVar[int] = 2  # 2: column source
+    format: ClassVar[int] = 3  # 2: column source; 3: documents kept out are counted
     stage: ClassVar[str] = "pairs"
 
 
@@ -153,33 +154,47 @@ class Model(Artifact):
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings(Artifact):
-    """`embeddings/`: every document once, and the held-out queries.
+    """`embeddings/`: every document once, or each of its passages, and the held-out queries.
 
-    embeddings.npy    float32 (n_documents, dim), unit length; row i is row i of documents.parquet
-    documents.parquet document_id, text, title, then any further columns
+    embeddings.npy    float32 (n_rows, dim), unit length; row i is row i of documents.parquet
+    documents.parquet document_id, text, title, then any further columns; with encode.passage_words one row a
+                      passage: text is the passage, passage int32 its number in the document, from 0; the rows
+                      of a document follow each other
     queries.npy       float32 (n_queries, dim), unit length, by the tuned model
     queries.parquet   text str; kind "document" (a held-out anchor, its own row to be left out of every
                       answer), "typed" (half of an anchor's words, stands for a typed query) or "logged" (a
                       held-out logged query); span "dev" or "test"; document_id str, document_row int32: the
-                      anchor's document (null and -1 of a logged query)
-    pool.parquet      document_row int32: the documents that all systems are compared over
-    untuned/documents.npy float32 (n_pool, dim): row i is the document of row i of pool.parquet
+                      first row of the anchor's document (null and -1 of a logged query)
+    pool.parquet      document_row int32: the first rows of the documents that all systems are compared over;
+                      n_rows int32: how many rows each has
+    untuned/documents.npy float32 (n_pool_rows, dim): the rows of the pool's documents, one after the other
     untuned/queries.npy   float32 (n_queries, dim), rows as queries.npy
     published/        the same by the published model, where there is one and it is another
     sts.parquet       language, sentence1, sentence2 str, score float 0 to 1: encode.sts
-    sts-tuned.npy, sts-untuned.npy, sts-published.npy  float32 (n, 2, dim), unit length
+    sts-tuned.npy, sts-untuned.npy, sts-published.npy  float32 (2 n, dim), unit length: both sentences of a
+                      row of sts.parquet, one after the other
+    keys/NAME.npy     uint8 (n, 16): hash of the text, prefix, model and settings behind each row of NAME.npy
+                      (embeddings, queries, untuned-documents, ...), by which the next run finds it again
 
     Without held-out sessions the queries of kind "document" are a seeded sample of the documents; without any
     held-out pairs untuned/ and published/ are not there.
-    facts: dim, precision, description, trained, untuned_prompts ({"query", "document"}: with which the
-        untuned vectors were made, or null), untuned_on_dev ({"as_given", "prefixed"}: accuracy at 20 of both
-        ways on dev pairs, or null where there was no choice), published (the sha256 of the published model
-        that was compared, or null), published_left_out ({"encoder", "reason"} of one that does not load, or
-        null), texts_a_second, n_parameters, model_bytes.  rows: documents, queries, pool.
+    facts: dim, precision, guard ({n_sample, n_queries, needed, tried: [{precision, recall_at_10, mean_cosine,
+        min_cosine}], texts_a_second: {precision: rate}, carried: taken over from the version before}, or
+        {reason} where nothing was tried), checks (`checks.Findings`, and drift: {neighbours_kept,
+        n_documents, n_queries, same_encoder} or null), seen ({"cut", "unknown_only", "of": texts that this
+        run encoded}), description, trained, encoder_sha256, prompts, max_seq_length, device, untuned_prompts
+        ({"query", "document"}: with which the untuned vectors were made, or null), untuned_on_dev
+        ({"as_given", "prefixed"}: accuracy at 20 of both ways on dev pairs, or null where there was no
+        choice), untuned_choice (hash of what was chosen between: while it is the same, the next version takes
+        the choice over; or null), published (the sha256 of the published model that was compared, or null),
+        published_left_out ({"encoder", "reason"} of one that does not load, or null), texts_a_second (of this
+        run, or of the run before where nothing was encoded), n_parameters, model_bytes.
+    rows: documents, rows, copied (of the version before), equal (to an earlier row's text), encoded, deleted
+        (documents of the version before that are gone), queries, pool (documents).
     """
 
     kind: ClassVar[str] = "embeddings"
-    format: ClassVar[int] = 2  # 2: logged queries, STS sets, the published model
+    format: ClassVar[int] = 3  # 2: logged queries, STS sets, the published model; 3: keys, passages, checks
     stage: ClassVar[str] = "encode"
 
     def matrix(self) -> np.ndarray:
@@ -214,7 +229,7 @@ class Report(Artifact):
     """`report/`: report.json (the keys of `evaluate`) and report.html."""
 
     kind: ClassVar[str] = "report"
-    format: ClassVar[int] = 3  # 2: MRR, nDCG and bands of popularity; 3: hybrids, languages, forgetting
+    format: ClassVar[int] = 4  # 3: hybrids, languages, forgetting; 4: how the rows were encoded
     stage: ClassVar[str] = "evaluate"
 
     def figures(self) -> dict[str, Any]:

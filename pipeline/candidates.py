@@ -243,18 +243,18 @@ def systems(
     Args:
         untuned_prompts: what stands before the untuned model's texts; None for its folder's own.
     """
-    from pipeline.encoder import open_encoder
+    from pipeline.encoder import Encoder
 
     texts = list(dict.fromkeys(text for one in questions for text in one.candidates))
-    probes = pa.table({"text": texts})
-    encoder = open_encoder(model.path, config, probes)
+    encoder = Encoder.open(model.path, config.device, batch_size=config.batch_size)
     tuned = dense_scores(questions, texts, encoder.queries, encoder.documents)
     yield "tuned", tuned
     if model.facts["trained"]:
         facts = model.facts
-        encoder = open_encoder(
-            facts["base_model"], config, probes, facts["revision"], facts["max_seq_length"], untuned_prompts
-        )
+        encoder = Encoder.open(
+            facts["base_model"], config.device, "float32", facts["max_seq_length"], config.batch_size,
+            facts["revision"], untuned_prompts,
+        )  # fmt: skip
         yield "untuned", dense_scores(questions, texts, encoder.queries, encoder.documents)
     else:  # the same weights
         yield "untuned", tuned

@@ -396,7 +396,7 @@ def places(folder: Path, names: Sequence[str] = ("tuned",)) -> tuple[pd.DataFram
 
     pairs, embeddings = Pairs.open(folder / "pairs"), Embeddings.open(folder / "embeddings")
     artifacts.belong_together(embeddings, pairs)
-    queries, pool = evaluate.read_queries(embeddings), evaluate.read_pool(embeddings)
+    queries, pool = evaluate.read_queries(embeddings), evaluate.read_pool(embeddings, pairs)
     kind, _ = evaluate.judged(pairs)
     held_out = evaluate.read_held_out(pairs, queries, pool, kind)
     held_out = held_out.sort_values(_key(held_out)).reset_index(drop=True)

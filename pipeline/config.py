@@ -3,10 +3,10 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from pipeline.errors import ConfigError
@@ -24,6 +24,26 @@ Paths = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Value = str | int | float | bool | None  # of a documents' column
+Values = Annotated[tuple[Value, ...], Field(strict=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def from_mapping(kind: Any) -> BeforeValidator:
+    """Settings below a setting, as YAML has them: pydantic's strict mode takes instances alone."""
+
+    def made(given: Any) -> Any:
+        if given is None:  # `exclude:` with nothing below it
+            return kind()
+        if not isinstance(given, dict):
+            return given
+        known = [field.name for field in dataclasses.fields(kind)]
+        for key in given:
+            if key not in known:
+                raise ValueError(f"{key} is not a setting; known: {', '.join(known)}")
+        return kind(**given)
+
+    return BeforeValidator(made)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -41,6 +61,35 @@ class EventsConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ColumnRule:
+    """What of a column keeps a document out; a row that meets one of these is out."""
+
+    below: Finite | None = None  # null, and text that says nothing, is neither below nor above
+    above: Finite | None = None
+    other_than: Values | None = None  # null is another value too
+
+    def __post_init__(self) -> None:
+        if (self.below, self.above, self.other_than) == (None, None, None):
+            raise ValueError("names no rule; wanted below, above or other_than")
+        if self.below is not None and self.above is not None and self.below > self.above:
+            raise ValueError(
+                f"keeps nothing: all numbers are below {self.below:g} or above {self.above:g}; change one"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
+class ExcludeConfig:
+    """Which given documents are kept out of everything: not trained on, not found, counted by reason."""
+
+    document_ids: Paths = ()
+    document_ids_from: Paths = ()  # files or globs with one document_id a line
+    # By column: values, such as {status: [draft, withdrawn]}, or a rule, such as {rating: {below: 2}}
+    columns: dict[str, Annotated[ColumnRule | Values, from_mapping(ColumnRule)]] = dataclasses.field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
 class DocumentsConfig:
     """Where the documents are, and which columns make their text."""
 
@@ -51,6 +100,7 @@ class DocumentsConfig:
     separator: str = " - "
     title: str | None = None  # shown to people; the text's first line where there is none
     min_readers: Positive = 2  # made documents only: one reader's highlights never become public
+    exclude: Annotated[ExcludeConfig, from_mapping(ExcludeConfig)] = ExcludeConfig()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -178,14 +228,34 @@ class EncodeConfig:
     """Texts to unit-length float32 rows."""
 
     dim: Positive = 384
-    batch_size: Positive = 128
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Of documents; queries are always float32, as servers encode them. mixed: float32 weights, multiplied as
+    # bfloat16 (PyTorch's autocast). auto: the fastest that the hardware multiplies itself and whose rows are
+    # found, on a sample, where float32's are
+    precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
+    guard_sample: Annotated[int, Field(ge=100)] = 20_000  # documents of that sample
+    guard_recall: Share = 0.99  # recall@10 of exact search over it, against float32 vectors
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # cuda: all GPUs that PyTorch sees
+    batch_tokens: Positive | Auto = "auto"  # of a batch at most, padding included; auto: by the device
+    batch_size: Positive = 128  # texts, where the library batches: models that read no padded rows of tokens
+    processes: Positive | Auto = "auto"  # on this machine, each with a model; auto: one for eight cores
+    temp_location: str | None = None  # with --runner: shared by all workers; default: beside the artefact
+    # A longer document is cut into overlapping passages, a row each; None: one row, cut at max_seq_length
+    passage_words: Annotated[int, Field(ge=8)] | None = None
+    passage_overlap: Annotated[int, Field(ge=0)] = 40  # words that a passage shares with the one before
+    # A model whose rows are all alike finds nothing: refused above this mean cosine of random pairs
+    max_mean_cosine: Share = 0.95
     max_queries: Positive = 20_000  # held-out anchors, of dev and of test each
     # Documents that all models are compared over, beside the held-out positives.
     pool_size: Positive = 50_000
     # A test set of sentence similarity for each language, such as {ko: sts-test.tsv}: it shows forgetting.
     sts: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.passage_words is not None and self.passage_overlap >= self.passage_words:
+            raise ValueError(
+                f"passage_overlap is {self.passage_overlap}, but passage_words is {self.passage_words}; "
+                f"choose 0 to {self.passage_words - 1}"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -269,6 +339,11 @@ class Config:
                 raise ValueError(
                     f"{section}.paths is set, but documents.paths is empty: name what they lead to"
                 )
+        if not self.documents.paths and self.documents.exclude.columns:
+            raise ValueError(
+                "documents.exclude.columns is set, but documents.paths is empty: documents made from "
+                "highlights have no columns; name documents.exclude.document_ids"
+            )
         if not self.documents.paths and self.events.text is None:
             raise ValueError(
                 "documents.paths is empty, so documents are made from the events' texts: "
@@ -288,6 +363,11 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "publish": PublishConfig,
 }
+
+
+SINGLE_PATHS = (
+    ("pairs", "temp_location"), ("pairs", "mined_from"), ("encode", "temp_location"), ("publish", "folder"),
+)  # fmt: skip
 
 
 class Loader(yaml.SafeLoader):
@@ -387,16 +467,19 @@ def _resolve_paths(settings: dict[str, Any], folder: Path) -> None:
             return str((folder / Path(value).expanduser()).resolve())
         return value
 
-    many = [(section, "paths") for section in ("events", "documents", "queries", "synthetic")]
-    for section, key in [*many, ("train", "nli"), ("train", "sts")]:
-        if isinstance(settings.get(section), dict) and key in settings[section]:
-            paths = settings[section][key]
-            paths = [paths] if isinstance(paths, str) else paths
-            settings[section][key] = [resolve(p) for p in paths] if isinstance(paths, list) else paths
+    many = [(settings.get(s), "paths") for s in ("events", "documents", "queries", "synthetic")]
+    many += [(settings.get("train"), "nli"), (settings.get("train"), "sts")]
+    documents = settings.get("documents")
+    if isinstance(documents, dict):
+        many.append((documents.get("exclude"), "document_ids_from"))
+    for below, key in many:
+        if isinstance(below, dict) and key in below:
+            paths = [below[key]] if isinstance(below[key], str) else below[key]
+            below[key] = [resolve(p) for p in paths] if isinstance(paths, list) else paths
     encode = settings.get("encode")
     if isinstance(encode, dict) and isinstance(encode.get("sts"), dict):
         encode["sts"] = {language: resolve(path) for language, path in encode["sts"].items()}
-    for section, key in (("pairs", "temp_location"), ("pairs", "mined_from"), ("publish", "folder")):
+    for section, key in SINGLE_PATHS:
         if isinstance(settings.get(section), dict) and key in settings[section]:
             settings[section][key] = resolve(settings[section][key])
     train = settings.get("train")
@@ -412,19 +495,34 @@ def _resolve_paths(settings: dict[str, Any], folder: Path) -> None:
 def _say(section: str, error: ValidationError) -> str:
     """pydantic's complaint in our words: key, value, what is wanted."""
     first = error.errors()[0]
-    if first["type"] == "value_error":  # ours, from __post_init__
-        return f"{section}.{first['ctx']['error']}"
-    key = str(first["loc"][0])
-    fields = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
+    place = _place(SECTIONS[section], first["loc"])
+    if first["type"] == "value_error":  # ours, of a whole section or of settings below a setting
+        return f"{'.'.join([section, *map(str, place)])}{': ' if place else '.'}{first['ctx']['error']}"
     if first["type"] == "unexpected_keyword_argument":
-        return f"{section}.{key} is not a setting; known: {', '.join(fields)}"
+        known = ", ".join(field.name for field in dataclasses.fields(SECTIONS[section]))
+        return f"{section}.{first['loc'][0]} is not a setting; known: {known}"
     # A union's complaints stand beside each other; those of another entry of a mapping do not belong here.
-    is_mapping = get_origin(fields[key].type) is dict and len(first["loc"]) > 1
-    place = first["loc"][: 2 if is_mapping else 1]
     of_this_key = [
         e["msg"][0].lower() + e["msg"][1:] for e in error.errors() if e["loc"][: len(place)] == place
     ]
     wanted = " or ".join(dict.fromkeys(of_this_key)).replace("valid tuple", "list")
+    wanted = re.sub(r"an instance of \w+|a valid dictionary", "a mapping", wanted)
     if first["type"] == "string_type" and isinstance(first["input"], dict):
         wanted += ": put it in quotes, a colon makes it a mapping"
+    elif (first["type"] == "string_type" and isinstance(first["input"], int | float)) or (
+        "datetime.date" in repr(first["input"])  # YAML makes dates of what looks like one
+    ):
+        wanted += ": put it in quotes"
     return f"{'.'.join([section, *map(str, place)])} is {first['input']!r}; {wanted}"
+
+
+def _place(kind: Any, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The settings that a complaint's place names; a list's numbers and a union's choices are none."""
+    if not loc:
+        return ()
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        types = {field.name: field.type for field in dataclasses.fields(kind)}
+        return loc[:1] + _place(types[loc[0]], loc[1:]) if loc[0] in types else ()
+    if get_origin(kind) is dict:
+        return loc[:1] + _place(get_args(kind)[1], loc[1:])
+    return next((found for inner in get_args(kind) if (found := _place(inner, loc))), ())

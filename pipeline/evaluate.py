@@ -4,6 +4,9 @@ Two questions, kept apart. How much does the index lose against exact search ove
 (recall@10)? And how often is the document that a reader opened next, or that answered a logged query, among
 the first n found: by the tuned model, by the model before tuning, by the published one, by BM25, and by BM25
 and the tuned model together, over one pool of documents, with the anchor's own document left out for all?
+
+The first question is asked of rows, whatever they are rows of. The second is asked of documents: one that was
+encoded in several passages is where its best one is.
 """
 
 import json
@@ -37,6 +40,7 @@ from pipeline.config import EvaluateConfig, as_dict
 from pipeline.errors import ArtifactError
 from pipeline.folding import normal
 from pipeline.hybrid import DENSE, fit_weight, with_hybrids
+from pipeline.passages import PASSAGE
 from pipeline.recall import index_figures
 from pipeline.report import render
 from pipeline.showcase import document_map, examples, lost
@@ -52,11 +56,12 @@ MODEL_FACTS = (
     "base_model", "trained", "dim", "main_similarity", "best_by", "loss", "prompts", "trim",
     "similarity_before", "similarity_after",
 )  # fmt: skip
-# What stage encode found: speed and size, and what of the other models was compared.
-ENCODING_FACTS = (
-    "texts_a_second", "n_parameters", "model_bytes", "untuned_prompts", "untuned_on_dev", "published",
-    "published_left_out",
+# What stage encode found of the models: size, and what of the others was compared.
+COMPARED_FACTS = (
+    "n_parameters", "model_bytes", "untuned_prompts", "untuned_on_dev", "published", "published_left_out",
 )  # fmt: skip
+# And of the documents' rows.
+ENCODING_FACTS = ("precision", "guard", "checks", "seen", "max_seq_length", "texts_a_second")
 
 
 def run(
@@ -88,7 +93,11 @@ def measure(
     _say("the index's answers against exact search")
     figures: dict[str, Any] = {
         "description": pairs.facts.get("description") or "",
-        "index": index_figures(config, index, queries, embeddings.matrix(), load(embeddings, "queries.npy")),
+        "index": {
+            **index_figures(config, index, queries, embeddings.matrix(), load(embeddings, "queries.npy")),
+            "n_documents": embeddings.rows.get("documents", len(embeddings.matrix())),
+            "n_rows": len(embeddings.matrix()),
+        },
         "retrieval": absent(has_log=bool(pairs.facts["events"])),
         "similarity": similarity_figures(embeddings),
         "latency_ms": index.facts.get("latency_ms"),
@@ -96,6 +105,7 @@ def measure(
         "lost": [],
         "map": None,
         "model": model_figures(model, embeddings),
+        "encoding": encoding_figures(embeddings),
         "session_lengths": pairs.facts.get("session_lengths") or {},
         "counts": counts(pairs),
         "lineage": lineage(pairs, model, embeddings, index),
@@ -112,7 +122,7 @@ def judge(
 
     The main figures are those of the sessions; where none were held out, those of the logged queries.
     """
-    pool = read_pool(embeddings)
+    pool = read_pool(embeddings, pairs)
     kind, n_given = judged(pairs)
     held_out = read_held_out(pairs, queries, pool, kind)
     if held_out.empty:
@@ -135,7 +145,7 @@ def judge(
         return over_kind(config, pairs, queries, pool, scores, of, weight_of(of, weights))
 
     shown = (config, held_out, placed, systems, queries, pool)
-    untuned = load(embeddings, "untuned/documents.npy")
+    untuned = load(embeddings, "untuned/documents.npy")[first_rows(pool)]
     by_logged = with_hybrids(compared(scores), config.rrf_k, weight_of("logged", weights).value)
     return {
         "retrieval": {
@@ -229,22 +239,47 @@ def read_queries(embeddings: Embeddings) -> "pd.DataFrame":
     return queries
 
 
-def read_pool(embeddings: Embeddings) -> "pd.DataFrame":
-    """The documents that all systems are compared over: document_row and every column of documents."""
+def read_pool(embeddings: Embeddings, pairs: Pairs) -> "pd.DataFrame":
+    """The documents that all systems are compared over: document_row, n_rows and every column of documents.
+
+    Of a document in several passages, text is the whole text.
+    """
     import pyarrow.dataset as dataset
 
-    rows = pq.read_table(embeddings.path / "pool.parquet").column("document_row")
+    rows = pq.read_table(embeddings.path / "pool.parquet")
+    first, n_rows = (rows[name].combine_chunks() for name in ("document_row", "n_rows"))
     documents = dataset.dataset(embeddings.path / "documents.parquet")
-    pool = documents.take(rows.combine_chunks()).to_pandas()  # in the pool's order, one fragment at a time
-    pool.insert(0, "document_row", rows.to_numpy())
+    names = [name for name in documents.schema.names if name != PASSAGE]
+    pool = documents.take(first, columns=names).to_pandas()  # in the pool's order, one fragment at a time
+    pool.insert(0, "document_row", first.to_numpy())
+    pool.insert(1, "n_rows", n_rows.to_numpy())
+    if (pool["n_rows"] > 1).any():
+        pool["text"] = whole_texts(pairs, pool["document_id"].tolist())
+    n_needed = int(pool["n_rows"].sum())
     for name in ("untuned", "published"):
         path = embeddings.path / name / "documents.npy"
         needed = name == "untuned" or path.exists()
-        if needed and (not path.exists() or len(np.load(path, mmap_mode="r")) != len(pool)):
+        if needed and (not path.exists() or len(np.load(path, mmap_mode="r")) != n_needed):
             raise ArtifactError(
-                f"{path} does not hold one row for each of {len(pool)}: run stage encode again"
+                f"{path} does not hold one row for each of {n_needed}: run stage encode again"
             )
     return pool
+
+
+def whole_texts(pairs: Pairs, document_ids: list[str]) -> list[str]:
+    """The texts that passages were cut from, in the order of the ids."""
+    import pyarrow.dataset as dataset
+
+    wanted = pc.field("document_id").isin(pa.array(document_ids, pa.string()))
+    found = dataset.dataset(pairs.tables("documents")).to_table(["document_id", "text"], filter=wanted)
+    text_of = dict(zip(found["document_id"].to_pylist(), found["text"].to_pylist(), strict=True))
+    return [text_of[document_id] for document_id in document_ids]
+
+
+def first_rows(pool: "pd.DataFrame") -> np.ndarray:
+    """Where each document's first row is in what was encoded of the pool alone, int64 (n_pool,)."""
+    n_rows = pool["n_rows"].to_numpy(np.int64)
+    return np.cumsum(n_rows) - n_rows
 
 
 def judged(pairs: Pairs) -> tuple[str, int]:
@@ -374,6 +409,8 @@ def scorers(
 ) -> dict[str, Scores]:
     """The compared systems, each as a function from query rows to scores over the same pool.
 
+    A document is scored by its best row, by BM25 as a whole.
+
     Args:
         names: of the systems that are wanted, no other is made ready; all there are by default.
     """
@@ -382,26 +419,51 @@ def scorers(
         if name == LEXICAL:
             return bm25_scores(queries["text"].tolist(), pool["text"].tolist())
         if name == DENSE:
-            tuned = np.asarray(embeddings.matrix()[pool["document_row"].to_numpy()])
-            return dot_scores(load(embeddings, "queries.npy"), tuned)
-        return dot_scores(load(embeddings, f"{name}/queries.npy"), load(embeddings, f"{name}/documents.npy"))
+            tuned = np.asarray(embeddings.matrix()[rows_of(pool)])
+            return of_best_row(dot_scores(load(embeddings, "queries.npy"), tuned), pool)
+        queries_of, documents = (load(embeddings, f"{name}/{part}.npy") for part in ("queries", "documents"))
+        return of_best_row(dot_scores(queries_of, documents), pool)
 
     others = (n for n in ("untuned", "published") if (embeddings.path / n / "documents.npy").exists())
     return {name: scorer(name) for name in (names or [DENSE, *others, LEXICAL])}
 
 
+def rows_of(pool: "pd.DataFrame") -> np.ndarray:
+    """The rows of the matrix that are the pool's documents, one document's after the other's, int64."""
+    n_rows = pool["n_rows"].to_numpy(np.int64)
+    within = np.arange(n_rows.sum()) - np.repeat(first_rows(pool), n_rows)
+    return np.repeat(pool["document_row"].to_numpy(np.int64), n_rows) + within
+
+
+def of_best_row(scores: Scores, pool: "pd.DataFrame") -> Scores:
+    """Scores over the pool's documents out of scores over their rows."""
+    starts = first_rows(pool)
+    if (pool["n_rows"] == 1).all():
+        return scores
+    return lambda queries: np.maximum.reduceat(scores(queries), starts, axis=1)
+
+
 def model_figures(model: Model, embeddings: Embeddings) -> dict[str, Any]:
-    """What was tuned, how, how large and fast it is, and the lines of training.jsonl."""
+    """What was tuned, how, how large it is, and the lines of training.jsonl."""
     curve = model.path / "learning_curve.json"
     path = model.path / "training.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {
         **{name: model.facts.get(name) for name in MODEL_FACTS},
-        **{name: embeddings.facts.get(name) for name in ENCODING_FACTS},
+        **{name: embeddings.facts.get(name) for name in COMPARED_FACTS},
         "separate_encoders": bool(model.facts.get("separate_encoders")),
         "sources": model.facts.get("sources") or {},
         "learning_curve": json.loads(curve.read_text(encoding="utf-8")) if curve.exists() else None,
         "training": [json.loads(line) for line in lines if line.strip()],
+    }
+
+
+def encoding_figures(embeddings: Embeddings) -> dict[str, Any]:
+    """How the documents' rows were made, what they are like, and how many of them are new."""
+    return {
+        **{name: embeddings.facts.get(name) for name in ENCODING_FACTS},
+        "passage_words": embeddings.manifest["config"].get("passage_words"),
+        "rows": embeddings.rows,
     }
 
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from pipeline.artifacts import Embeddings, Index, writing
+from pipeline.checks import first_bad_row
 from pipeline.config import IndexConfig, as_dict
 from pipeline.errors import ArtifactError, ConfigError, PipelineError
 
@@ -160,13 +161,13 @@ def check_embeddings(embeddings: Embeddings, matrix: np.ndarray) -> None:
     if matrix.ndim != 2 or matrix.dtype != np.float32 or not matrix.size:
         raise ArtifactError(
             f"{embeddings.path}/embeddings.npy holds {matrix.dtype} {matrix.shape}, "
-            f"wanted float32 (documents, dim) with at least one document: {again}"
+            f"wanted float32 (rows, dim) with at least one document: {again}"
         )
-    n_documents = pq.read_metadata(embeddings.path / "documents.parquet").num_rows
-    if n_documents != len(matrix):
+    n_rows = pq.read_metadata(embeddings.path / "documents.parquet").num_rows
+    if n_rows != len(matrix):
         raise ArtifactError(
-            f"{embeddings.path} has {n_documents} rows in documents.parquet but {len(matrix)} in "
-            f"embeddings.npy, wanted one vector a document: {again}"
+            f"{embeddings.path} has {n_rows} rows in documents.parquet but {len(matrix)} in "
+            f"embeddings.npy, wanted a vector for each document, or for each of its passages: {again}"
         )
     bad = first_bad_row(matrix)
     if bad is not None:
@@ -188,19 +189,6 @@ def check_embeddings(embeddings: Embeddings, matrix: np.ndarray) -> None:
         raise ArtifactError(
             f"{embeddings.path}/queries.npy row {bad[0]} {bad[1]}, wanted unit length: {again}"
         )
-
-
-def first_bad_row(matrix: np.ndarray) -> tuple[int, str] | None:
-    """The first row that is not of unit length (to 0.001), and what is wrong with it; else None."""
-    n_rows = max(1, BLOCK_SCORES // matrix.shape[1])
-    for start in range(0, len(matrix), n_rows):
-        lengths = np.linalg.norm(matrix[start : start + n_rows], axis=1)
-        bad = np.flatnonzero(~(np.abs(lengths - 1) < 1e-3))  # a NaN is near nothing
-        if len(bad):
-            length = lengths[bad[0]]
-            what = f"has length {length:.4g}" if np.isfinite(length) else "holds NaN or infinity"
-            return start + int(bad[0]), what
-    return None
 
 
 def choose_settings(config: IndexConfig, n_documents: int) -> tuple[Settings, str]:

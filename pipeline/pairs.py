@@ -62,7 +62,8 @@ from pipeline.pairing import (
 from pipeline.runners import Options, engine_faults_in_a_line, parse_options
 from pipeline.sessions import CutBucket, Sessions, Split, n_buckets_for, only, pieces, with_rows
 
-ON_PURPOSE = ("too_few_readers", "too_many_events")  # rejects that are no fault of the log
+# rejects that are no fault of the log
+ON_PURPOSE = ("too_few_readers", "too_many_events", documents_.EXCLUDED)
 ANCHORS = 2_000  # whose candidates are one element
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 NO_QUERIES, NO_SYNTHETIC = QueriesConfig(), SyntheticConfig()
@@ -92,6 +93,7 @@ def inputs_of(
         for section, patterns in paths.items()
         for path in storage.match(patterns, f"{section}.paths")
     ]
+    given += [{"path": path, "digest": _digest(path)} for path in _files_of_ids(documents)]
     if pairs.negatives.get("mined"):
         earlier = _earlier(pairs)
         given.append({"path": str(earlier.path), "digest": earlier.digest})
@@ -114,6 +116,7 @@ def settings_of(
         *((n, "paths") for n in given),
     ]:
         sections[section].pop(place)
+    sections["documents"]["exclude"].pop("document_ids_from")
     return sections
 
 
@@ -215,13 +218,17 @@ class Job:
     def documents_file(self) -> str:
         return f"{self.folder}/documents.arrow"
 
+    @property
+    def excluded_file(self) -> str:
+        return f"{self.folder}/excluded.arrow"
+
     def say(self, line: str) -> None:
         print(f"pairs: {line}", file=sys.stderr, flush=True)
 
     # --- Documents -----------------------------------------------------------------------------------
 
     def write_documents(self) -> None:
-        table = self._read_documents() if self.documents.paths else self._make_documents()
+        table = self._exclude(self._read_documents() if self.documents.paths else self._make_documents())
         storage.write_parquet(table, str(self.out / "documents-00000.parquet"))
         for_workers = table.with_row_index("row").select(
             "document_id",
@@ -257,6 +264,24 @@ class Job:
                 )
             tables.append((path, table))
         return documents_.unique(tables)
+
+    def _exclude(self, table: pl.DataFrame) -> pl.DataFrame:
+        """The documents without those of `documents.exclude`, which are counted by reason."""
+        listed = []
+        for path in _files_of_ids(self.documents):
+            with storage.open_file(path) as file:
+                listed += documents_.read_ids(file, path)
+        kept, out = documents_.exclude(table, self.documents.exclude, listed)
+        storage.write_arrow(out.select("document_id").to_arrow(), self.excluded_file)
+        self.draft.facts["excluded"] = counted = documents_.counts_of(out)
+        if counted:
+            by_reason = ", ".join(f"{reason} {n:,}" for reason, n in counted.items())
+            self.say(f"{len(out):,} of {len(table):,} documents excluded: {by_reason}")
+        wanted = pl.Series([*self.documents.exclude.document_ids, *listed], dtype=pl.String).unique()
+        nobodys = wanted.filter(~wanted.is_in(table["document_id"].implode())).sort()
+        if len(nobodys):
+            self.say(f"{len(nobodys):,} excluded ids are of no document, such as {nobodys[0]!r}")
+        return kept
 
     def _make_documents(self) -> pl.DataFrame:
         """Documents from the highlights, where no documents file is given."""
@@ -486,7 +511,8 @@ class Job:
 
     def _documents(self) -> queries_.Documents:
         titles = pq.read_table(self.out / "documents-00000.parquet", columns=["title"])["title"]
-        return queries_.Documents.of(storage.read_arrow(self.documents_file), titles)
+        excluded = only(storage.read_arrow(self.excluded_file)["document_id"])
+        return queries_.Documents.of(storage.read_arrow(self.documents_file), titles, excluded)
 
     def write_queries(self) -> None:
         """Pairs of logged queries, generated ones and titles, beside those of the sessions."""
@@ -571,6 +597,7 @@ class Job:
             folder=self.folder,
             marks=progress.marks_of(self.folder, name),
             documents=documents,
+            excluded=self.excluded_file if documents else None,
             unknown_reason="unknown_document" if self.documents.paths else "too_few_readers",
             max_events_per_user=self.config.max_events_per_user,
         )
@@ -643,13 +670,21 @@ def held_out_spans(files: Iterable[str], share: float) -> tuple[int | None, int 
 
 
 def rows_in(earlier: Embeddings, document_ids: pa.Array) -> np.ndarray:
-    """Where each document's vector is in an earlier run's matrix, int64 (n,); -1 for one it did not have."""
+    """Where each document's vector is in an earlier run's matrix, int64 (n,); -1 for one it did not have.
+
+    Of a document in several passages it is the first one's: hard negatives are near by what they begin with.
+    """
     theirs = pl.read_parquet(earlier.path / "documents.parquet", columns=["document_id"])
     theirs = theirs.with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
+    theirs = theirs.unique("document_id", keep="first", maintain_order=True)
     ours = pl.DataFrame({"document_id": pl.Series(document_ids)})
     return (
         ours.join(theirs, on="document_id", how="left", maintain_order="left")["row"].fill_null(-1).to_numpy()
     )
+
+
+def _files_of_ids(documents: DocumentsConfig) -> list[str]:
+    return storage.match(documents.exclude.document_ids_from, "documents.exclude.document_ids_from")
 
 
 def _earlier(config: PairsConfig) -> Embeddings:

@@ -15,7 +15,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import NoneType
@@ -31,6 +31,7 @@ from pipeline import events, hard_negatives, negatives, storage
 from pipeline.bm25 import Bm25
 from pipeline.co_reading import distinct, isin_sorted
 from pipeline.config import PairsConfig, QueriesConfig, SyntheticConfig
+from pipeline.documents import EXCLUDED
 from pipeline.errors import InputError, PipelineError
 from pipeline.folding import holds, normal
 from pipeline.hashing import mix, stable_hash
@@ -58,6 +59,7 @@ class Documents:
     Attributes:
         hashes: uint64, `stable_hash` of the ids.
         same_text: int32, the first row with the same text.
+        excluded: str, the document_ids that are kept out on purpose.
     """
 
     ids: pa.Array
@@ -65,14 +67,15 @@ class Documents:
     titles: pa.Array
     hashes: np.ndarray
     same_text: np.ndarray
+    excluded: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
 
     @classmethod
-    def of(cls, table: pa.Table, titles: pa.ChunkedArray) -> "Documents":
+    def of(cls, table: pa.Table, titles: pa.ChunkedArray, excluded: pa.Array) -> "Documents":
         """Args: table: as the stage hands it to its workers."""
         ids, texts, hashes, same_text = (
             only(table[name]) for name in ("document_id", "text", "hash", "same_text")
         )
-        return cls(ids, texts, titles.combine_chunks(), hashes.to_numpy(), same_text.to_numpy())
+        return cls(ids, texts, titles.combine_chunks(), hashes.to_numpy(), same_text.to_numpy(), excluded)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -189,6 +192,8 @@ def usable(
         .then(pl.lit("query_is_no_text"))
         .when(pl.col("query").str.len_chars() > MAX_QUERY)
         .then(pl.lit("query_too_long"))
+        .when(pl.col("document_id").is_in(pl.Series(documents.excluded, dtype=pl.String).implode()))
+        .then(pl.lit(EXCLUDED))
         .when(pl.col("document").is_null())
         .then(pl.lit("unknown_document"))
         .when("is_bad")
@@ -246,12 +251,13 @@ def _answers(text: str | None) -> list[str] | None:
 
 
 def check_rejects(given: Given, max_rejected_share: float) -> None:
-    """Refuse files of which too much cannot be used.
+    """Refuse files of which too much cannot be used; what leads to excluded documents is no fault of theirs.
 
     Raises:
         InputError: names how many, why, and the first of them.
     """
-    n_bad, rejects = len(given.rejects), given.rejects
+    rejects = given.rejects.filter(pl.col("reason") != EXCLUDED)
+    n_bad = len(rejects)
     if n_bad <= max_rejected_share * given.n_read:
         return
     counts = rejects["reason"].value_counts().sort("count", "reason", descending=[True, False])

@@ -53,6 +53,7 @@ POPULARITY = {
     "never": "never read in training",
 }
 FORGETTING = 0.02  # a larger fall of Spearman is called out
+MANY_CUT = 0.1  # of the texts longer than the model reads: then passages are advised
 CHOSEN_BY = {
     "retrieval": "retrieval: the right document among the first 20, on dev pairs",
     "similarity": "similarity: Spearman of the dot product, on dev pairs",
@@ -108,6 +109,8 @@ def render(report: Mapping[str, Any]) -> str:
         logged=None if asks_queries(retrieval) else retrieval.get("logged"),  # else they are the main figures
         asks_queries=asks_queries(retrieval),
         answers=retrieval.get("answers"),
+        encoding=encoding_facts(report.get("encoding") or {}),
+        cut=cut_words(report.get("encoding") or {}),
         training=training_facts(model),
         learning=learning_words(model.get("learning_curve")),
         curve=curve_points(model.get("learning_curve")),
@@ -343,6 +346,85 @@ def prefix_facts(model: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
         facts.append(("prefixes of the untuned model", f"{kept}, the better: {shares}"))
     return facts
+
+
+def encoding_facts(encoding: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How the documents' vectors were made and what they are like: rows of what and value."""
+    facts = []
+    rows, checks = encoding.get("rows") or {}, encoding.get("checks") or {}
+    if rows.get("rows") is not None:
+        facts.append(("vectors", row_words(rows, encoding.get("passage_words"))))
+    if encoding.get("precision"):
+        facts.append(("precision", encoding["precision"] + guard_words(encoding.get("guard") or {})))
+    if encoding.get("texts_a_second"):
+        facts.append(("speed", f"{encoding['texts_a_second']:,.0f} texts a second"))
+    if checks.get("mean_cosine") is not None:
+        facts.append(("mean cosine of two random documents", figure(checks["mean_cosine"])))
+    if checks.get("drift"):
+        facts.append(("neighbours kept since the version before", drift_words(checks["drift"])))
+    return facts
+
+
+def row_words(rows: Mapping[str, int], passage_words: int | None) -> str:
+    """How many vectors there are, and where they come from."""
+    passages = f" passages of {count(rows['documents'])} documents" if passage_words else ""
+    ways = {
+        "encoded": "encoded",
+        "copied": "copied from the version before",
+        "equal": "copied from a document with the same text",
+    }
+    said = [f"{count(rows[name])} {words}" for name, words in ways.items() if rows.get(name)]
+    gone = rows.get("deleted")
+    further = f"; {count(gone)} documents of the version before are gone" if gone else ""
+    return f"{count(rows['rows'])}{passages}: {', '.join(said)}{further}"
+
+
+def guard_words(guard: Mapping[str, Any]) -> str:
+    """What the faster precisions were found to lose, or why none was tried."""
+    if guard.get("reason"):
+        return f": {guard['reason']}"
+    tried = [f"{percent(one['recall_at_10'])} with {one['precision']}" for one in guard.get("tried") or []]
+    if not tried:
+        return ""
+    wanted = f", {percent(guard['needed'])} are wanted" if guard.get("needed") else ""
+    when = "; measured for an earlier version" if guard.get("carried") else ""
+    return (
+        f": of the ten nearest that float32 finds among {count(guard['n_sample'])} documents, "
+        f"{' and '.join(tried)} are found{wanted}{when}"
+    )
+
+
+def drift_words(drift: Mapping[str, Any]) -> str:
+    """The share of unchanged documents' neighbours that are still theirs, and who was asked."""
+    model = "the same model" if drift["same_encoder"] else "another model or other settings"
+    return (
+        f"{percent(drift['neighbours_kept'])} of the ten nearest, of {count(drift['n_queries'])} documents "
+        f"among {count(drift['n_documents'])} whose text is unchanged, by {model}"
+    )
+
+
+def cut_words(encoding: Mapping[str, Any]) -> list[str]:
+    """What of the texts the model did not see: a sentence each, none where it saw all."""
+    seen, in_passages = encoding.get("seen") or {}, bool(encoding.get("passage_words"))
+    n, n_cut, n_unknown = (seen.get(name) or 0 for name in ("of", "cut", "unknown_only"))
+    sentences = []
+    if n_cut:
+        what = "passages" if in_passages else "documents"
+        tokens = f" ({count(encoding['max_seq_length'])} tokens)" if encoding.get("max_seq_length") else ""
+        sentence = (
+            f"{count(n_cut)} of the {count(n)} encoded {what} ({percent(n_cut / n)}) are longer than the "
+            f"model reads{tokens}, and are not found by what stands behind that."
+        )
+        if n_cut / n > MANY_CUT:
+            smaller = "a smaller " if in_passages else ""
+            sentence += f" Set {smaller}encode.passage_words: then all of it is read."
+        sentences.append(sentence)
+    if n_unknown:
+        sentences.append(
+            f"{count(n_unknown)} of the {count(n)} encoded texts hold nothing that the model knows, such as "
+            "emoji alone or a script that it was not trained on: their vectors say nothing."
+        )
+    return sentences
 
 
 def mebibytes(n: int) -> str:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline import events, storage
 from pipeline.counts import COUNTS, add_counts, counted, keyed
+from pipeline.documents import EXCLUDED
 from pipeline.hashing import mix, stable_hash
 from pipeline.progress import mark, marks_of
 
@@ -117,6 +118,7 @@ class Split:
         marks: where progress is said.
         documents: Arrow file with the document_ids that exist; events of others are rejected. None while
             there are none yet: then events are bucketed by their document and keep their texts.
+        excluded: Arrow file with the document_ids that are kept out on purpose; None for none.
         unknown_reason: why events of other documents are rejected.
         max_events_per_user: a day; of a user with more in this piece only counts are written.
     """
@@ -127,6 +129,7 @@ class Split:
     folder: str
     marks: str
     documents: str | None = None
+    excluded: str | None = None
     unknown_reason: str = "unknown_document"
     max_events_per_user: int = 10_000
 
@@ -146,7 +149,7 @@ class Split:
             else:
                 rows, unknown = known(rows, documents)
                 if len(unknown):
-                    unknown = unknown.with_columns(reason=pl.lit(self.unknown_reason))
+                    unknown = unknown.with_columns(reason=self._why_unknown())
                     bad = pl.concat([bad, events.rejects_of(unknown, piece.path)])
                 rows, crowded = set_aside(coded(rows), self.max_events_per_user)
                 yield from self._write(rows, "events", "user_id", place)
@@ -158,6 +161,12 @@ class Split:
             mark(self.marks, place, position - done, counts)
             done = position
             yield COUNTS, counts
+
+    def _why_unknown(self) -> pl.Expr:
+        if self.excluded is None:
+            return pl.lit(self.unknown_reason)
+        is_excluded = pl.col("document_id").is_in(read_document_ids(self.excluded)["document_id"].implode())
+        return pl.when(is_excluded).then(pl.lit(EXCLUDED)).otherwise(pl.lit(self.unknown_reason))
 
     def _chunks(self, piece: Piece) -> Iterator[tuple[pl.DataFrame, pl.DataFrame, int]]:
         """(events, rejects, bytes read so far): blocks joined until they are worth a file a bucket."""

@@ -44,11 +44,12 @@ def dot_products(embeddings: Embeddings, n: int) -> list[tuple[str, np.ndarray]]
         if not path.exists():
             continue
         vectors = np.load(path)
-        if vectors.shape[:2] != (n, 2):
+        if len(vectors) != 2 * n:
             raise ArtifactError(
-                f"{path} has shape {vectors.shape}, wanted ({n}, 2, dim): run stage encode again"
+                f"{path} has {len(vectors)} rows, wanted {2 * n}, two for each of sts.parquet: "
+                "run stage encode again"
             )
-        products.append((model, (vectors[:, 0] * vectors[:, 1]).sum(axis=1)))
+        products.append((model, (vectors[::2] * vectors[1::2]).sum(axis=1)))
     return products
 
 

@@ -137,8 +137,8 @@ def table(work: Path, folder: str | None, model_name: str) -> str:
             "pairs", _count(pairs.rows.get("events", 0), "event"), _count(pairs.rows.get("pairs", 0), "pair")
         ),
         Row("train", _count(model.rows.get("pairs", 0), "pair"), "1 model"),
-        Row("encode", n_documents, _count(embeddings.rows["documents"], "row")),
-        Row("index", _count(embeddings.rows["documents"], "row"), index.facts["layer"]),
+        Row("encode", n_documents, _count(embeddings.rows["rows"], "row")),
+        Row("index", _count(embeddings.rows["rows"], "row"), index.facts["layer"]),
         Row("evaluate", _count(report.rows["queries"], "query", "queries"), "report.html"),
         Row("publish", "1 index", f"version {version.name}" if version else "none"),
     ]

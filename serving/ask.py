@@ -2,7 +2,8 @@
 
 The served folder is FOLDER/models/<model_name>/<version>/; that version's encoder is
 FOLDER/encoders/<sha256>/, named by `encoder_sha256` in the version's assets.extra/manifest.json. A document
-with a `threshold` is a match from that score on only.
+with a `threshold` is a match from that score on only. One that was encoded in passages is shown once, at the
+place of the passage found first.
 """
 
 import json
@@ -21,6 +22,8 @@ from serving.errors import ServingError
 
 ASSETS = "assets.extra"
 TITLE_WIDTH = 72  # of a table that fits a terminal
+PASSAGE = "passage"  # number of a row in its document, where documents have several
+COLUMNS = ("document_id", "title", "text", "threshold", PASSAGE)
 
 
 class PublishedVersion:
@@ -59,7 +62,7 @@ class PublishedVersion:
         return folder
 
     def documents(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The documents of these row numbers, in their order: document_id, text, title, threshold.
+        """What stands in these rows, in their order: COLUMNS, as far as the version has them.
 
         Raises:
             ArtifactError: the table is not there, or too short: it belongs to another index.
@@ -92,7 +95,8 @@ def ask(client: Client, model_base_path: Path, text: str, k: int | None = None) 
     """What the served index finds for a text, as a table for people.
 
     Args:
-        k: documents to show; None for as many as the version answers with.
+        k: documents to show; None for as many as the version answers with. The index answers with rows: fewer
+            documents remain where several of them are one document's passages.
 
     Raises:
         ServingError: no server, or it refuses.
@@ -130,9 +134,7 @@ def encode(version: PublishedVersion, text: str) -> list[float]:
 
 def _take(table: pq.ParquetFile, rows: Sequence[int]) -> list[dict[str, Any]]:
     """Rows by number, reading only the row groups they are in: a table can hold millions."""
-    columns = [
-        name for name in ("document_id", "title", "text", "threshold") if name in table.schema_arrow.names
-    ]
+    columns = [name for name in COLUMNS if name in table.schema_arrow.names]
     found: dict[int, dict[str, Any]] = {}
     start = 0
     for group in range(table.num_row_groups):
@@ -156,16 +158,22 @@ def _table(found: Found, documents: list[dict[str, Any]], k: int | None = None) 
 
     if not documents:
         raise ServingError("the index found no document")
-    scored = list(zip(found.scores, documents, strict=True))
-    matches = [(score, document) for score, document in scored if is_match(score, document)]
+    best: dict[str, tuple[float, dict[str, Any]]] = {}
+    for score, document in zip(found.scores, documents, strict=True):  # best first
+        best.setdefault(document["document_id"], (score, document))
+    matches = [(score, document) for score, document in best.values() if is_match(score, document)]
     if not matches:
-        return _no_match(*max(scored, key=lambda each: each[0]))
+        return _no_match(*max(best.values(), key=lambda each: each[0]))
+    has_passages = any(isinstance(document.get(PASSAGE), int) for document in documents)
+    headers = ["rank", "score", "document_id", "title"] + ["passage"] * has_passages
+    width = TITLE_WIDTH // 2 if has_passages else TITLE_WIDTH
     lines = [
-        (rank, f"{score:.4f}", str(document["document_id"]), title(document))
+        [str(rank), f"{score:.4f}", str(document["document_id"]), title(document, width)]
+        + [_on_a_line(document["text"], width)] * has_passages
         for rank, (score, document) in enumerate(matches[:k], start=1)
     ]
-    headers = ("rank", "score", "document_id", "title")
-    return tabulate(lines, headers, colalign=("right", "right", "left", "left"), disable_numparse=True)
+    align = ("right", "right", *["left"] * (len(headers) - 2))
+    return tabulate(lines, headers, colalign=align, disable_numparse=True)
 
 
 def _no_match(score: float, document: dict[str, Any]) -> str:
@@ -175,7 +183,10 @@ def _no_match(score: float, document: dict[str, Any]) -> str:
     )
 
 
-def title(document: dict[str, Any]) -> str:
+def title(document: dict[str, Any], width: int = TITLE_WIDTH) -> str:
     """A document's title on one line, or its text's first line; the end of a long one is left out."""
-    shown = document.get("title") or str(document.get("text") or "").strip().partition("\n")[0]
-    return shorten(" ".join(str(shown).split()), TITLE_WIDTH, placeholder=" …")
+    return _on_a_line(document.get("title") or (document.get("text") or "").strip().partition("\n")[0], width)
+
+
+def _on_a_line(text: str, width: int) -> str:
+    return shorten(" ".join(text.split()), width, placeholder=" …")

@@ -115,6 +115,36 @@ def test_where_nothing_matches_the_best_score_and_its_threshold_are_said(tmp_pat
     assert said == "no match: the nearest, d1, scores 0.4900, and its threshold is 0.5000"
 
 
+def in_passages(*passages: tuple[str, int, float | None]) -> list[dict]:
+    """A row of (document_id, number of the passage, threshold) each."""
+    return [
+        {"document_id": d, "title": d.upper(), "text": f"part {n}\nof {d}", "threshold": t, "passage": n}
+        for d, n, t in passages
+    ]
+
+
+def test_a_document_in_passages_is_shown_once_by_the_best_of_them():
+    rows = in_passages(("a", 2, None), ("b", 0, None), ("a", 0, None), ("c", 1, None))
+    lines = _table(Found((0.9, 0.8, 0.7, 0.6), (2, 7, 0, 9)), rows, k=4).splitlines()
+    assert lines[0].split() == ["rank", "score", "document_id", "title", "passage"]
+    shown = [line.split(maxsplit=4) for line in lines[2:]]
+    assert shown == [
+        ["1", "0.9000", "a", "A", "part 2 of a"],
+        ["2", "0.8000", "b", "B", "part 0 of b"],
+        ["3", "0.6000", "c", "C", "part 1 of c"],
+    ]
+    assert len(_table(Found((0.9, 0.8, 0.7, 0.6), (2, 7, 0, 9)), rows, k=2).splitlines()) == 4
+
+
+def test_a_threshold_is_asked_of_the_best_passage():
+    rows = in_passages(("a", 1, 0.85), ("a", 0, 0.85), ("b", 0, 0.85))
+    (line,) = _table(Found((0.9, 0.8, 0.7), (1, 0, 4)), rows).splitlines()[2:]
+    assert line.split()[:3] == ["1", "0.9000", "a"]
+    assert _table(Found((0.84, 0.8, 0.7), (1, 0, 4)), rows).startswith(
+        "no match: the nearest, a, scores 0.8400"
+    )
+
+
 def encoder_of(folder: Path) -> tuple[PublishedVersion, Path]:
     """A version, and its encoder of two files, a card and a log of the training among them."""
     made = folder / "made"

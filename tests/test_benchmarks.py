@@ -1,15 +1,17 @@
-"""The benchmark of stage `pairs`: its made log, its engines against plain loops, and its table."""
+"""The benchmarks of stages `pairs` and `encode`: what they make, whether they measure alike, their tables."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
-from benchmarks import machine, pairs_log
+from benchmarks import encode, encode_million, machine, pairs_log
 from benchmarks import pairs as benchmark
 from benchmarks.pairs import (
     ENGINES,
@@ -22,6 +24,7 @@ from benchmarks.pairs import (
     run_engine,
     table,
 )
+from pipeline.errors import ConfigError, InputError
 
 ROOT = Path(__file__).parents[1]
 N_EVENTS = 2000
@@ -276,3 +279,229 @@ def test_wrong_arguments_end_with_2(capsys):
             benchmark.main(arguments)
         assert ended.value.code == 2
     assert "--repeats" in capsys.readouterr().err
+
+
+# --- Encoding against other ways -----------------------------------------------------------------------
+
+
+def test_passages_are_whole_sentences_until_there_are_words_enough():
+    assert encode.joined(["a b", "c", "d e f", "g"], 3) == ["a b c", "d e f"]  # the rest is too short
+
+
+def test_titles_that_come_again_are_marked(monkeypatch, capsys):
+    sentences = (
+        "one two three four five",
+        "too short",
+        " ".join(["long"] * 17),
+        "five words are enough here",
+    )
+    monkeypatch.setattr(encode, "docstring_sentences", lambda: sentences)
+    titles = encode.made("titles", 5)
+    assert set(titles[:2]) == {sentences[0], sentences[3]}
+    assert titles[2:] == [f"{titles[0]} 1", f"{titles[1]} 1", f"{titles[0]} 2"]
+    assert "2 titles there, 5 asked" in capsys.readouterr().err
+
+
+def engine(title: str, rows: list[list[float]], seconds: list[float], **more) -> encode.Engine:
+    timed = {"seconds": {"titles": seconds}, "core_seconds": {"titles": [2 * s for s in seconds]}}
+    return encode.Engine(title, list, rows={"titles": np.array(rows, np.float32)}, **timed, **more)
+
+
+def test_engines_are_compared_with_the_default_call_and_the_best_option():
+    exact = [[1, 0], [0, 1]]
+    engines = [
+        engine("library's default call", exact, [2, 2, 4]),  # the median: 2 texts in 2 seconds
+        engine("library, bfloat16, batch 8", exact, [1], is_option=True),
+        engine("library, bfloat16, batch 32", exact, [0.5], is_option=True),
+        engine("this stage, bfloat16", [[0.8, 0.6], [0, 1]], [0.4]),  # cosines 0.8 and 1
+    ]
+    lines = encode.table(engines, ["titles"], "tsv").splitlines()[1:]
+    cells = [[cell.strip() for cell in line.split("\t")] for line in lines]
+    assert cells[0][2:6] == ["1.0 (0.5 to 1.0)", "1.00", "0.25", "0.5"]
+    assert cells[1][2:6] == ["2.0", "2.00", "0.50", "1.0"]
+    assert cells[3][2:8] == ["5.0", "5.00", "1.25", "2.5", "0.90000", "0.80000"]
+
+
+@pytest.mark.slow
+def test_every_way_of_encoding_is_measured_on_the_same_texts(capsys, tmp_path):
+    engines = ["default", "options", "float32", "bare"]
+    sizes = ["--titles", "24", "--passages", "3", "--batch-sizes", "8", "--repeats", "1"]
+    assert encode.main([*sizes, "--engines", *engines, "--markdown", str(tmp_path / "table.md")]) == 0
+    lines = [line.split("|")[1:-1] for line in (tmp_path / "table.md").read_text("utf-8").splitlines()]
+    cells = [[cell.strip() for cell in line] for line in lines if len(line) == len(encode.HEADERS)][2:]
+    titles = ["library's default call", "library, bfloat16, batch 8", "this stage, float32"]
+    titles.append("bfloat16 model alone, ready batches")
+    assert [line[:2] for line in cells] == [[kind, t] for kind in ("titles", "passages") for t in titles]
+    assert {(line[6], line[7]) for line in cells if line[1] == "this stage, float32"} == {("1.00000",) * 2}
+    assert "Machine: " in capsys.readouterr().out
+
+
+def test_the_encoding_benchmark_refuses_a_count_of_0(capsys):
+    for arguments in (["--repeats", "0"], ["--titles", "0"], ["--batch-sizes", "8", "0"]):
+        with pytest.raises(SystemExit) as ended:
+            encode.main(arguments)
+        assert ended.value.code == 2
+    assert "1 or more" in capsys.readouterr().err
+
+
+# --- Stage `encode` at full size -----------------------------------------------------------------------
+
+
+SENTENCES = ("Return the sum of all, or of some, of the values.", "Open a file and read what it holds.")
+
+
+def test_each_text_is_another_head_and_tail():
+    texts = encode_million.Texts(heads=["a b", "c d"], tails=["u v w", "x y z", "r s t"])
+    assert texts[0] == "a b, u v w"
+    assert texts[1] == "c d, x y z"
+    assert texts[2] == "a b, x y z"  # the first head again, with the next tail
+    assert len(texts) == len({texts[n] for n in range(6)}) == 6
+
+
+def test_heads_have_no_comma_and_texts_have_5_to_16_words():
+    texts = encode_million.Texts.of(SENTENCES)
+    # "Return the sum of all," has one; the second sentence has 8 words, and the whole of it is no head
+    assert sorted(head for head in texts.heads if head.startswith("Return")) == [
+        "Return the",
+        "Return the sum",
+        "Return the sum of",
+    ]
+    assert max(len(head.split()) for head in texts.heads) == 7
+    every = [texts[n] for n in range(len(texts))]
+    assert len(set(every)) == len(every)
+    assert {len(text.split()) for text in every} <= set(range(5, 17))
+    assert texts == encode_million.Texts.of(reversed(SENTENCES))
+
+
+def test_one_percent_changes_half_of_it_in_text_a_quarter_new_a_quarter_gone():
+    texts = encode_million.Texts(
+        heads=[f"head {n}" for n in range(40)], tails=[f"tail {n}" for n in range(41)]
+    )
+    before = {encode_million.name(row): texts[row] for row in range(800)}
+    rows = list(encode_million.changed(texts, 800))
+    after = dict(rows)
+    assert [document_id for document_id, _ in rows] == sorted(after)
+    assert len(rows) == len(set(after.values())) == 800  # 1 % of 800: 4 other texts, 2 new, 2 gone
+    assert len(before.keys() - after.keys()) == 2
+    assert len(after.keys() - before.keys()) == 2
+    assert sum(after[name] != before[name] for name in after.keys() & before.keys()) == 4
+
+
+def embeddings(folder: Path, rows: dict[str, tuple[str, float]]) -> Path:
+    """The two files of an artefact that are compared: {document_id: (text, the row's one number)}."""
+    folder.mkdir()
+    texts = [text for text, _ in rows.values()]
+    pl.DataFrame({"document_id": list(rows), "text": texts}).write_parquet(folder / "documents.parquet")
+    np.save(folder / "embeddings.npy", np.array([[x] for _, x in rows.values()], np.float32))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("of_b", "n_unequal"), [(0.5, 0), (-0.5, 1), (float(np.nextafter(np.float32(0.5), 1)), 1)]
+)
+def test_rows_of_unchanged_documents_are_compared_bit_by_bit(tmp_path, of_b, n_unequal):
+    before = embeddings(tmp_path / "before", {"a": ("one", 0.25), "b": ("two", 0.5), "c": ("three", 1)})
+    after = embeddings(tmp_path / "after", {"b": ("two", of_b), "c": ("other", 1), "d": ("one", 0.25)})
+    assert encode_million.unchanged_rows(before, after) == (1, n_unequal)
+
+
+def measured(n_documents: int, seconds: float, rss_anon: int, **more) -> encode_million.Measured:
+    given = {"encoded": n_documents, "copied": 0, "precision": "bfloat16", "rss": rss_anon} | more
+    return encode_million.Measured(n_documents, seconds=seconds, rss_anon=rss_anon, **given)
+
+
+def test_memory_a_document_is_what_grew_between_the_two_sizes():
+    small, full = measured(10_000, 5, 300_000_000), measured(110_000, 50, 307_000_000)
+    assert encode_million.bytes_a_document(small, full) == 70
+
+
+def test_a_scene_is_compared_with_the_full_one():
+    results = {
+        "changed": measured(200_000, 4, 2**30, encoded=1500, copied=198_500, found="same bits"),
+        "full": measured(200_000, 100, 2**30),
+        "small": measured(10_000, 5, 2**29),
+    }
+    lines = encode_million.table(results, "tsv").splitlines()[1:]
+    cells = [[cell.strip() for cell in line.split("\t")] for line in lines]
+    assert [line[0].partition(":")[0] for line in cells] == ["small", "full", "changed"]
+    assert cells[0][5:] == ["5.0", "2,000", "-", "512", "512", "-"]
+    assert cells[1][5:] == ["100.0", "2,000", "100.0 %", "1,024", "1,024", "-"]
+    assert cells[2][1:5] == ["200,000", "1,500", "198,500", "bfloat16"]
+    assert cells[2][5:] == ["4.0", "50,000", "4.0 %", "1,024", "1,024", "same bits"]
+
+
+def options_of(*arguments: str):
+    return encode_million._parser().parse_args(arguments)
+
+
+def test_results_are_kept_for_the_same_settings_and_refused_for_others(tmp_path):
+    options = options_of("--work", str(tmp_path), "--documents", "20000")
+    assert encode_million.kept_results(options) == {}
+    results = {"small": measured(10_000, 5, 2**29)}
+    encode_million._keep(options, results)
+    assert encode_million.kept_results(options) == results
+    others = options_of("--work", str(tmp_path), "--documents", "30000")
+    with pytest.raises(ConfigError, match=r"give another --work"):
+        encode_million.kept_results(others)
+
+
+def test_the_notes_say_how_memory_grew_where_it_can_be_told(tmp_path):
+    results = {"small": measured(10_000, 5, 300_000_000), "full": measured(110_000, 50, 307_000_000)}
+    said = encode_million.notes(results, options_of("--documents", "110000"))
+    assert "RssAnon grows by 70 bytes a document" in said
+    assert "RssAnon grows" not in encode_million.notes(results, options_of("--documents", "99999"))
+
+
+def test_a_scene_that_compares_wants_scene_full_first(tmp_path):
+    place = encode_million.Place(tmp_path, tmp_path)
+    for scene in ("killed", "same", "changed"):
+        with pytest.raises(InputError, match="scene full"):
+            encode_million.RUNS[scene](place, {})
+
+
+def test_the_documents_must_outnumber_the_small_scenes(capsys):
+    with pytest.raises(SystemExit) as ended:
+        encode_million.main(["--documents", "10000"])
+    assert ended.value.code == 2
+    assert "--documents is 10,000" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory) -> dict[str, encode_million.Measured]:
+    """Scenes over 5,000 documents, two shards, in float32: what a machine can multiply decides nothing."""
+    folder = tmp_path_factory.mktemp("encoded")
+    model = encode_million.make_model(folder / "model")
+    documents = encode_million.make_documents(folder / "documents", 5000)
+    settings = ("encode.precision=float32", "encode.max_queries=50")
+    place, results = encode_million.Place(documents, model, settings), {}
+    for scene in ("full", "killed", "changed"):
+        results[scene] = encode_million.RUNS[scene](place, results)
+    return results
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bytes(encoded):
+    full, killed = encoded["full"], encoded["killed"]
+    assert (full.n_documents, full.encoded, full.copied) == (5000, 5000, 0)
+    assert killed.right, killed.found
+    assert killed.found.startswith("same bytes as full; ")
+
+
+@pytest.mark.slow
+def test_after_one_percent_changed_the_rest_is_copied_bit_by_bit(encoded):
+    # a quarter of 1 % of 5,000 is 12 (12.5): 24 other texts, 12 new ones, 12 gone
+    changed = encoded["changed"]
+    assert (changed.n_documents, changed.encoded, changed.copied) == (5000, 36, 4964)
+    assert changed.found == "4,964 unchanged documents: same bits"
+    assert changed.right
+
+
+@pytest.mark.slow
+def test_the_tiny_model_is_the_first_layer_of_a_real_one(tmp_path):
+    folder = encode_million.make_model(tmp_path / "model")
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == 1
+    from pipeline.encoder import Encoder
+
+    rows = Encoder.open(folder, "cpu").documents(["a cat", "a dog", "the law of taxes"])
+    assert rows.shape == (3, 384)
+    assert rows[0] @ rows[1] > rows[0] @ rows[2]  # real weights: it knows this much

@@ -239,12 +239,17 @@ def test_the_tuned_models_prefixes_are_not_the_untuned_ones(tmp_path, monkeypatc
     opened = []
 
     class Encoder:
+        @classmethod
+        def open(cls, *given, **_):
+            opened.append(given)
+            return cls()
+
         def queries(self, texts):
             return np.ones((len(texts), 2), np.float32)
 
         documents = queries
 
-    monkeypatch.setattr("pipeline.encoder.open_encoder", lambda *given: opened.append(given) or Encoder())
+    monkeypatch.setattr("pipeline.encoder.Encoder", Encoder)
     ranked = candidates_.systems(make_model(tmp_path / "model"), EncodeConfig(), questions_of(2), prompts)
     assert [name for name, _ in ranked] == ["tuned", "untuned", "bm25"]
     _, untuned = opened

@@ -1,4 +1,4 @@
-"""The `pairs` stage on a Dask cluster of processes, one of them killed at its work: make test-cluster.
+"""Stages pairs and encode on a Dask cluster of processes, one of them killed at its work: make test-cluster.
 
 The scheduler and the workers run in a folder of their own, as on machines of their own: nothing may depend on
 the driver's current folder.
@@ -22,7 +22,12 @@ import pytest
 import yaml
 
 import pipeline
+from pipeline import encode_line
 from pipeline.artifacts import Pairs
+from pipeline.config import EncodeConfig
+from pipeline.encode_line import engine
+from pipeline.runners import parse_options
+from pipeline.shards import Job, Shards, in_process, windows
 
 ROOT = Path(__file__).parents[1]
 INPUT = ROOT / "work" / "demo" / "input"  # where `make demo` has it too
@@ -39,14 +44,17 @@ pytestmark = pytest.mark.cluster
 def dask_setup(worker: Any) -> None:
     """What `dask worker --preload` of this file calls: such a worker kills itself in the middle of a task.
 
-    It does so in the stage's own code, where results of other tasks lie in its memory and a file
-    $DIE_IN/**/$DIE_AFTER is there, which says how far the job is.
+    It does so in the stage's own code, where results of other tasks lie in its memory (or need not:
+    $DIE_EMPTY_HANDED) and a file $DIE_IN/**/$DIE_AFTER is there, which says how far the job is.
     """
+    can_be_empty = "DIE_EMPTY_HANDED" in os.environ
     reached = f"{os.environ['DIE_IN']}/**/{os.environ['DIE_AFTER']}"
 
     def die_at_work(frame: FrameType, event: str, _: Any) -> None:
         in_stage = event == "call" and frame.f_code.co_filename.startswith(STAGE)
-        if in_stage and worker.data and glob.glob(reached, recursive=True, include_hidden=True):  # noqa: PTH207
+        if not in_stage or not (worker.data or can_be_empty):
+            return
+        if glob.glob(reached, recursive=True, include_hidden=True):  # noqa: PTH207
             os.kill(os.getpid(), signal.SIGKILL)
 
     threading.setprofile(die_at_work)  # of the threads to come, which run the tasks
@@ -153,6 +161,40 @@ def test_a_worker_killed_at_its_work_changes_no_byte(tmp_path, logs, demo, reach
     made = Pairs.open(work / "pairs")
     assert made.manifest["files"] == demo.manifest["files"]
     assert (made.rows, made.facts) == (demo.rows, demo.facts)
+
+
+def test_a_worker_killed_while_it_encodes_changes_no_byte(tmp_path, tiny_model):
+    from distributed import default_client
+
+    texts = [f"notes {n} of wave and tide" for n in range(120)]
+    sizes = [5] * 24  # shards enough for both workers to be at work when the first is killed
+    job = Job(str(tiny_model), dim=32, title="documents", n_texts=len(texts))
+    here, there = (Shards(tmp_path / place / "shards-embeddings-0", sizes, 32) for place in ("here", "there"))
+    in_process(job, windows(texts, sizes, here.missing()), here)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    # Without results, because the other worker may have encoded all the rest when this one has its model.
+    doom = {"DIE_IN": shared, "DIE_AFTER": "000*-*.npy", "DIE_EMPTY_HANDED": 1}
+    with cluster(tmp_path, **doom) as (address, one, other):
+        options = parse_options(["--runner", "dask", "--dask_client_address", address])
+        line = engine(options, EncodeConfig(temp_location=str(shared)), tmp_path / "embeddings")
+        line(job, windows(texts, sizes, there.missing()), there)
+        default_client().close()  # Beam's, which would go on looking for its scheduler
+        assert one.wait(timeout=STARTUP) == -signal.SIGKILL
+        assert other.poll() is None
+    # a file's name holds the hash of its bytes
+    assert [path.name for path in sorted(there.folder.iterdir())] == [
+        path.name for path in sorted(here.folder.iterdir())
+    ]
+    assert list(shared.iterdir()) == []
+
+
+def test_a_worker_encodes_with_the_threads_that_dask_gave_it(tmp_path):
+    from distributed import Client
+
+    with cluster(tmp_path) as (address, _, _), Client(address, timeout=STARTUP) as client:
+        assert client.submit(encode_line._of_dask_worker).result(timeout=STARTUP) == 1  # --nthreads
+    assert encode_line._of_dask_worker() is None
 
 
 def test_a_log_that_cannot_be_used_is_one_line_on_a_cluster_too(tmp_path, logs):

@@ -55,6 +55,74 @@ def test_a_setting_that_cannot_be_used_is_refused_by_name(tmp_path, text, messag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("exclude", "message"),
+    [
+        ("3", r" is 3; input should be a mapping$"),
+        ("{ids: [a]}", r": ids is not a setting; known: document_ids, document_ids_from, columns$"),
+        ("{document_ids: a}", r"\.document_ids is 'a'; input should be a list$"),
+        ("{document_ids: [1]}", r"\.document_ids is 1; .*valid string: put it in quotes$"),
+        ("{columns: [status]}", r"\.columns is \['status'\]; input should be a mapping$"),
+        (
+            "{columns: {status: draft}}",
+            r"\.columns\.status is 'draft'; .*a mapping or input should be a list$",
+        ),
+        ("{columns: {rating: {}}}", r"\.columns\.rating: names no rule; wanted below, above or other_than$"),
+        (
+            "{columns: {rating: {under: 2}}}",
+            r"\.columns\.rating: under is not a setting; known: below, above, ",
+        ),
+        (
+            "{columns: {rating: {below: '2'}}}",
+            r"\.columns\.rating\.below is '2'; input should be a valid number$",
+        ),
+        ("{columns: {rating: {below: .nan}}}", r"\.columns\.rating\.below is nan; .* finite number$"),
+        (
+            "{columns: {rating: {below: 5, above: 1}}}",
+            r"\.columns\.rating: keeps nothing: .* below 5 or above 1",
+        ),
+        ("{columns: {day: [2026-01-01]}}", r"\.columns\.day is \[.*put it in quotes$"),
+    ],
+)
+def test_what_to_exclude_is_refused_with_the_whole_way_to_it(tmp_path, exclude, message):
+    with pytest.raises(ConfigError, match=rf"c\.yaml: documents\.exclude{message}") as caught:
+        load(tmp_path, "", f"documents.exclude={exclude}")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_to_exclude_is_read_from_yaml_with_its_rules(tmp_path):
+    columns = "{status: [draft, null, 3], rating: {below: 2, other_than: [x]}}"
+    excluded = load(
+        tmp_path, "", f"documents.exclude={{document_ids: [a], columns: {columns}}}"
+    ).documents.exclude
+    assert excluded.document_ids == ("a",)
+    assert excluded.columns == {
+        "status": ("draft", None, 3),
+        "rating": config.ColumnRule(below=2.0, other_than=("x",)),
+    }
+    assert config.as_dict(excluded)["columns"]["rating"] == {"below": 2.0, "above": None, "other_than": ["x"]}
+
+
+def test_nothing_below_exclude_excludes_nothing(tmp_path):
+    assert load(tmp_path, "", "documents.exclude=").documents.exclude == config.ExcludeConfig()
+
+
+def test_documents_made_from_highlights_have_no_columns_to_exclude_by():
+    given = {
+        "events": {"paths": ["e.csv"], "text": "passage"},
+        "documents": {"exclude": {"columns": {"status": ["draft"]}}},
+    }
+    with pytest.raises(
+        ConfigError, match=r"documents\.exclude\.columns is set, but documents\.paths is empty"
+    ):
+        config.from_dict(given)
+
+
+def test_passages_must_go_on(tmp_path):
+    with pytest.raises(ConfigError, match=r"encode\.passage_overlap is 8, but .* is 8; choose 0 to 7"):
+        load(tmp_path, "encode: {passage_words: 8, passage_overlap: 8}")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nope\.yaml: no such config file"):
         config.load(tmp_path / "nope.yaml")
@@ -87,6 +155,16 @@ def test_paths_in_an_override_are_relative_to_the_current_folder(tmp_path, monke
     loaded = load(tmp_path, "", "events.paths=[log.csv]", "publish.folder=served")
     assert loaded.events.paths == (str(tmp_path / "elsewhere" / "log.csv"),)
     assert loaded.publish.folder == str(tmp_path / "elsewhere" / "served")
+
+
+def test_files_of_ids_and_the_shared_folder_are_relative_to_the_file_too(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "documents: {paths: [d], exclude: {document_ids_from: [out.txt]}}\nencode: {temp_location: t}"
+    )
+    loaded = config.load(file)
+    assert loaded.documents.exclude.document_ids_from == (str(tmp_path / "out.txt"),)
+    assert loaded.encode.temp_location == str(tmp_path / "t")
 
 
 def test_urls_stay_as_they_are(tmp_path):

@@ -120,6 +120,32 @@ def test_a_changed_setting_runs_its_stage_and_those_behind_it_alone(done, config
     assert complete == ["pairs", "train", "encode"]
 
 
+def test_a_kept_model_encodes_the_new_documents_alone(done, config_file, log, tmp_path):
+    import shutil
+
+    work, documents = tmp_path / "work", tmp_path / "documents.jsonl"
+    shutil.copytree(done[0], work)
+    n_before = json.loads((work / "embeddings" / "manifest.json").read_text())["rows"]["documents"]
+    fresh = {"document_id": "zzz", "text": "a text that nobody wrote before"}
+    documents.write_text((log / "documents.jsonl").read_text() + json.dumps(fresh) + "\n")
+    again = python(
+        "pipeline", "all", "--config", str(config_file), "--work", str(work), "--keep_model",
+        "--set", f"documents.paths=[{documents}]",
+    )  # fmt: skip
+    assert again.returncode in (0, 3), again.stderr  # which pairs are held out changes: the gate's affair
+    assert "train:" not in again.stderr
+    rows = json.loads((work / "embeddings" / "manifest.json").read_text())["rows"]
+    assert (rows["encoded"], rows["copied"]) == (1, n_before)
+
+
+def test_without_a_model_none_can_be_kept(config_file, tmp_path):
+    refused = python(
+        "pipeline", "all", "--config", str(config_file), "--work", str(tmp_path / "w"), "--keep_model"
+    )
+    assert refused.returncode != 0
+    assert "run stage train first" in refused.stderr
+
+
 def test_the_tour_shows_what_the_readmes_curl_lines_show(done):
     work, _ = done
     toured = python(

@@ -1,5 +1,6 @@
 """The text encoder: which folders it opens, what it repairs, and what it refuses."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import encoder, throughput
 from pipeline.encoder import Encoder, has_bfloat16, load, locate, transformers_of, unit_length
 from pipeline.errors import InputError
 
@@ -137,7 +139,7 @@ def test_two_encoders_keep_prompts_length_width_and_unit_rows(tiny_model, tmp_pa
     given = {"prompts": {"query": "sea ", "document": "bread "}, "max_seq_length": 5}
     model = load(str(tiny_model), device="cpu", separate_encoders=True, **given)
     model.save_pretrained(str(tmp_path), create_model_card=False)
-    again = Encoder.open(tmp_path, device="cpu", precision="auto")
+    again = Encoder.open(tmp_path, device="cpu")
     assert (again.dim, again.model.max_seq_length, again.model.similarity_fn_name) == (32, 5, "dot")
     assert {kind: again.model.prompts[kind] for kind in ("query", "document")} == given["prompts"]
     for transformer in transformers_of(again.model):
@@ -224,13 +226,134 @@ def test_a_gpu_that_is_asked_for_and_absent_is_said(tiny_model):
         load(str(tiny_model), device="cuda")
 
 
-def test_bfloat16_weights_give_nearly_the_same_rows(tiny_model):
+# --- Precision and speed -------------------------------------------------------------------------------
+
+
+MANY = [f"{text} {n}" for n in range(12) for text in TEXTS]  # more than one batch of 32
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed", "bfloat16"])
+@pytest.mark.parametrize("task", ["query", "document"])
+def test_rows_of_every_precision_are_near_the_librarys_own(tiny_model, precision, task):
     if not has_bfloat16("cpu"):
         pytest.skip("this CPU does not multiply bfloat16")
-    exact = Encoder.open(tiny_model, device="cpu", precision="float32").documents(TEXTS)
-    fast = Encoder.open(tiny_model, device="cpu", precision="auto")
-    assert fast.precision == "bfloat16"
-    assert (exact * fast.documents(TEXTS)).sum(axis=1).min() > 0.99
+    prompts = {"query": "sea ", "document": "bread "}
+    model = load(str(tiny_model), device="cpu", prompts=prompts)
+    exact = model.encode_query(MANY) if task == "query" else model.encode_document(MANY)
+    encoder = Encoder.open(tiny_model, "cpu", precision, prompts=prompts)
+    rows = next(encoder.windows([MANY], task))
+    assert (encoder.precision, rows.dtype) == (precision, np.float32)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    assert (rows * exact).sum(axis=1).min() > (1 - 1e-6 if precision == "float32" else 0.999)
+
+
+def test_mixed_loses_less_than_rounded_weights(tiny_model):
+    if not has_bfloat16("cpu"):
+        pytest.skip("this CPU does not multiply bfloat16")
+    rows = {
+        precision: Encoder.open(tiny_model, "cpu", precision).documents(MANY)
+        for precision in ("float32", "mixed", "bfloat16")
+    }
+    off = {p: np.abs(rows[p] - rows["float32"]).mean() for p in ("mixed", "bfloat16")}
+    assert 0 < off["mixed"] < off["bfloat16"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed", "bfloat16"])
+def test_a_window_has_the_same_bits_wherever_it_stands_and_on_any_number_of_cores(tiny_model, precision):
+    import torch
+
+    encoder = Encoder.open(tiny_model, "cpu", precision, batch_tokens=64)
+    before, made = torch.get_num_threads(), []
+    try:
+        for n, windows in ((1, [MANY[:40], MANY[40:]]), (2, [MANY[40:]]), (3, [MANY[:7], MANY[40:]])):
+            torch.set_num_threads(n)
+            made.append(list(encoder.windows(windows, "document"))[-1].tobytes())
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(made)) == 1
+
+
+def test_few_texts_and_many_get_the_same_rows(tiny_model):
+    encoder = Encoder.open(tiny_model, "cpu", batch_size=4)
+    many = encoder.queries(MANY)  # in windows
+    few = np.concatenate([encoder.queries(MANY[n : n + 4]) for n in range(0, len(MANY), 4)])
+    np.testing.assert_allclose(many, few, atol=1e-6)
+
+
+def test_the_token_budget_is_passed_on(tiny_model, monkeypatch):
+    budgets = []
+    original = throughput.batches_of
+    monkeypatch.setattr(
+        throughput, "batches_of", lambda n, tokens: budgets.append(tokens) or original(n, tokens)
+    )
+    for given in (16, "auto"):
+        list(Encoder.open(tiny_model, "cpu", batch_tokens=given).windows([TEXTS], "document"))
+    assert budgets == [16, throughput.CPU_TOKENS]
+
+
+def test_a_model_that_reads_no_tokens_in_rows_is_encoded_by_the_library(tiny_model):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    tokenizer = load(str(tiny_model), device="cpu").tokenizer
+    static = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
+    encoder = Encoder(static)
+    windows = [TEXTS[:3], [], TEXTS[3:]]
+    rows = list(encoder.windows(windows, "document"))
+    assert [made.shape for made in rows] == [(3, 8), (0, 8), (4, 8)]
+    np.testing.assert_allclose(np.concatenate(rows), unit_length(static.encode(TEXTS)), atol=1e-6)
+
+
+def test_the_opened_weights_are_still_those_of_the_folder(tiny_model):
+    opened, loaded = Encoder.open(tiny_model, "cpu", "mixed").model, load(str(tiny_model), device="cpu")
+    assert sum(w.numel() for w in opened.parameters()) == sum(w.numel() for w in loaded.parameters())
+    for ours, given in zip(opened.parameters(), loaded.parameters(), strict=True):
+        assert ours.equal(given)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "distilbert", "electra", "modernbert", "t5"])
+def test_packed_layers_compute_what_they_did(kind):
+    import torch
+    from transformers import AutoConfig, AutoModel, T5EncoderModel
+
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(
+        kind, vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, dim=16, n_layers=2, n_heads=2, hidden_dim=32, embedding_size=16,
+        d_model=16, num_layers=2, num_heads=2, d_kv=8, d_ff=32, feed_forward_proj="gated-gelu",
+        pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = (T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)).eval()
+    ids = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    with torch.inference_mode():
+        exact = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        encoder._pack(model, torch.float32)
+        torch.testing.assert_close(
+            model(input_ids=ids, attention_mask=mask).last_hidden_state, exact, atol=1e-5, rtol=1e-4
+        )
+        if has_bfloat16("cpu"):
+            encoder._pack(model, torch.bfloat16)
+            with torch.autocast("cpu", torch.bfloat16):
+                packed = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+            assert torch.nn.functional.cosine_similarity(packed, mixed, dim=-1).min() > 0.9999
+
+
+def test_several_devices_share_each_window(tiny_model):
+    # Two processes on the CPU stand for two GPUs: how the library hands texts out and back is the same.
+    model = load(str(tiny_model), device="cpu")
+    model.forward = functools.partial(encoder._forward_mixed, model)  # it must reach the other processes
+    alone = Encoder(model, precision="mixed")
+    shared = Encoder(model, precision="mixed", devices=["cpu", "cpu"])
+    assert (alone.devices, shared.devices) == ([], ["cpu", "cpu"])
+    rows = list(shared.windows([MANY, TEXTS[:1], []], "document"))
+    assert [len(made) for made in rows] == [len(MANY), 1, 0]
+    mixed = next(alone.windows([MANY], "document"))
+    assert (rows[0] * mixed).sum(axis=1).min() > 0.9999
 
 
 def test_a_zero_row_stays_zero():

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -139,7 +140,8 @@ def make_embeddings(path: Path, events=True, pool=range(12), more=(), languages=
                 "document_row": pa.array([row for _, row in QUERIES] + [q[3] for q in more], pa.int32()),
             },
         )
-        write(folder, "pool.parquet", {"document_row": pa.array(list(pool), pa.int32())})
+        ones = pa.array([1] * len(pool), pa.int32())
+        write(folder, "pool.parquet", {"document_row": pa.array(list(pool), pa.int32()), "n_rows": ones})
         if events:
             (folder / "untuned").mkdir(exist_ok=True)
             np.save(folder / "untuned" / "documents.npy", DOCUMENTS[list(pool)])
@@ -561,12 +563,74 @@ def test_each_kind_of_queries_has_the_weight_of_its_own_dev_pairs(with_logged, t
 
 
 def test_only_the_named_systems_are_made_ready(inputs, monkeypatch):
-    _, _, embeddings, _ = inputs
-    queries, pool = evaluate.read_queries(embeddings), evaluate.read_pool(embeddings)
+    pairs, _, embeddings, _ = inputs
+    queries, pool = evaluate.read_queries(embeddings), evaluate.read_pool(embeddings, pairs)
     monkeypatch.setattr(evaluate, "bm25_scores", None)  # it would be an error to call it
     scores = evaluate.scorers(embeddings, queries, pool, ["untuned"])
     assert list(scores) == ["untuned"]
     np.testing.assert_array_equal(scores["untuned"](np.array([0])), UNTUNED[:1])
+
+
+def in_passages(tmp_path: Path, pool: list[int]) -> tuple[Pairs, Embeddings]:
+    """Three documents in rows 0, 1 to 3, and 4 to 5; a pool of some; two queries."""
+    with writing(Pairs, tmp_path / "pairs", config={}, inputs=[]) as draft:
+        whole = pl.DataFrame(
+            {"document_id": ["a", "b", "c"], "text": ["red fox", "one red two fox", "owl hen"]}
+        )
+        whole.write_parquet(draft.folder / "documents-00000.parquet")  # as the stage does
+    first, n_rows = [0, 1, 4], [1, 3, 2]
+    matrix = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [-1, 0], [0, 1]], np.float32)
+    with writing(Embeddings, tmp_path / "embeddings", config={}, inputs=[]) as draft:
+        np.save(draft.folder / "embeddings.npy", matrix)
+        texts = ["red fox", "one", "red", "two fox", "owl", "hen"]
+        numbers = pa.array([0, 0, 1, 2, 0, 1], pa.int32())
+        columns = {"document_id": list("abbbcc"), "text": texts, "title": [""] * 6, "passage": numbers}
+        write(draft.folder, "documents.parquet", columns)
+        np.save(draft.folder / "queries.npy", np.array([[1, 0], [0, 1]], np.float32))
+        write(draft.folder, "queries.parquet", {"text": ["fox red", "hen"]})
+        rows = {"document_row": [first[d] for d in pool], "n_rows": [n_rows[d] for d in pool]}
+        write(draft.folder, "pool.parquet", {name: pa.array(row, pa.int32()) for name, row in rows.items()})
+        (draft.folder / "untuned").mkdir()
+        of_pool = [row for d in pool for row in range(first[d], first[d] + n_rows[d])]
+        np.save(draft.folder / "untuned" / "documents.npy", -matrix[of_pool])
+        np.save(draft.folder / "untuned" / "queries.npy", np.array([[1, 0], [0, 1]], np.float32))
+        draft.rows |= {"documents": 3, "rows": 6}
+    return Pairs.open(tmp_path / "pairs"), Embeddings.open(tmp_path / "embeddings")
+
+
+@pytest.mark.parametrize("pool", [[0, 1, 2], [1, 2], [2]])
+def test_a_document_in_passages_is_where_its_best_passage_is(tmp_path, pool):
+    pairs, embeddings = in_passages(tmp_path, pool)
+    documents = evaluate.read_pool(embeddings, pairs)
+    scores = evaluate.scorers(embeddings, evaluate.read_queries(embeddings), documents, ["tuned", "untuned"])
+    # of the rows' own numbers, for the queries (1, 0) and (0, 1), the highest of each document's
+    best = np.array([[1, 0.8, 0], [0, 1, 1]], np.float32)
+    best_of_opposites = np.array([[-1, 0, 1], [0, -0.6, 0]], np.float32)
+    np.testing.assert_array_equal(scores["tuned"](np.array([0, 1])), best[:, pool])
+    np.testing.assert_array_equal(scores["untuned"](np.array([0, 1])), best_of_opposites[:, pool])
+
+
+def test_bm25_and_answers_see_the_whole_text_of_a_document_in_passages(tmp_path):
+    pairs, embeddings = in_passages(tmp_path, [0, 1, 2])
+    documents = evaluate.read_pool(embeddings, pairs)
+    assert documents["text"].tolist() == ["red fox", "one red two fox", "owl hen"]
+    assert "passage" not in documents
+    scores = evaluate.scorers(embeddings, evaluate.read_queries(embeddings), documents, ["bm25"])
+    found = scores["bm25"](np.array([0]))[0]
+    assert found[0] > found[1] > 0  # both hold both words, and one of them little else
+    assert found[2] == 0
+
+
+def test_vectors_of_documents_where_passages_were_wanted_are_refused(tmp_path):
+    pairs, embeddings = in_passages(tmp_path, [0, 1, 2])
+    np.save(embeddings.path / "untuned" / "documents.npy", np.zeros((3, 2), np.float32))
+    with pytest.raises(ArtifactError, match="one row for each of 6"):
+        evaluate.read_pool(embeddings, pairs)
+
+
+def test_the_index_is_said_to_have_documents_and_rows(inputs, tmp_path):
+    figures = run_on(inputs, tmp_path / "report").figures()["index"]
+    assert (figures["n_documents"], figures["n_rows"]) == (12, 12)
 
 
 def test_the_report_says_what_the_other_models_were(inputs, tmp_path):

@@ -1,4 +1,4 @@
-"""Hostile logs: the real stage counts what tests/data/hostile/README.md derives."""
+"""Hostile logs: the real stage counts what tests/data/hostile/README.md derives. And hostile documents."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 
 from pipeline import config, pairs
+from pipeline.errors import InputError
 
 FOLDER = Path(__file__).parent / "data" / "hostile"
 NOT_LOGS = {".gitattributes", "README.md", "documents.jsonl"}
@@ -53,3 +54,40 @@ def test_a_hostile_log_gives_the_counts_of_the_readme(name, tmp_path):
     in_one_row = rejects | {"too_many_events": 1} if "too_many_events" in rejects else rejects
     assert dict(named.iter_rows()) == in_one_row
     assert made.rows["rejects"] == counts["rejected"] + no_negative
+
+
+HEADER = b"document_id,text\n"
+FINE = HEADER + "a,one\nb,🙂\n".encode()
+
+
+def of_documents(tmp_path: Path, **files: bytes) -> pairs.Pairs:
+    paths = []
+    for name, content in files.items():
+        paths.append(tmp_path / f"{name}.csv")
+        paths[-1].write_bytes(content)
+    given = config.from_dict({"documents": {"paths": [str(path) for path in paths]}})
+    return pairs.run(given.pairs, given.events, given.documents, tmp_path / "pairs")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"d": FINE + b"c,\n"}, r"d\.csv: row 4 \(document_id 'c'\) has no text; every document needs both"),
+        ({"d": FINE + b"c,caf\xe9\n"}, r"d\.csv: row 4 is not UTF-8 \(b'c,caf\\xe9'\)"),
+        ({"d": FINE + b"a,two\n"}, r"'a' stands twice: \S*d\.csv row 2 and \S*d\.csv row 4 \(1 ids do\)"),
+        ({"d": FINE, "e": HEADER + b"b,x\n"}, r"'b' stands twice: \S*d\.csv row 3 and \S*e\.csv row 2"),
+        ({"d": HEADER}, r"d\.csv: no documents in it"),
+        ({"d": b""}, r"d\.csv: empty; wanted documents"),
+    ],
+)
+def test_documents_that_cannot_be_used_stop_the_stage_in_a_line(tmp_path, files, message):
+    with pytest.raises(InputError, match=message) as caught:
+        of_documents(tmp_path, **files)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_documents_of_emoji_of_a_megabyte_and_with_a_null_byte_are_kept(tmp_path):
+    made = of_documents(tmp_path, d=FINE + b"c," + b"x" * 1_000_000 + b"\nd,nul\0byte\n")
+    assert made.read("documents")["text"].to_pylist() == ["one", "🙂", "x" * 1_000_000, "nul\0byte"]
+    assert made.facts["excluded"] == {}

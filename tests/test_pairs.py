@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import config, pairing, pairs, storage
-from pipeline.artifacts import Pairs
+from pipeline.artifacts import Embeddings, Pairs, writing
 from pipeline.errors import ConfigError, InputError
 from pipeline.hashing import stable_hash
 from pipeline.sessions import Sessions, as_dictionary
@@ -105,6 +105,64 @@ def test_the_job_writes_every_table_and_the_counts_add_up(small):
     assert (small.rows["pairs"], small.rows["dev"], small.rows["test"]) == (144 * 4, 18 * 4, 18 * 4)
     assert small.read("pairs").column_names == pairing.PAIR_COLUMNS
     assert small.read("documents").column_names == ["document_id", "text", "title", "pages"]
+
+
+@pytest.mark.slow
+def test_excluded_documents_are_in_nothing_and_their_events_are_no_fault_of_the_log(tmp_path, log, capsys):
+    (tmp_path / "ids.txt").write_text("sea.1\nnobody\n")
+    rules = {
+        "document_ids": ["sea.0"],
+        "document_ids_from": [str(tmp_path / "ids.txt")],
+        "columns": {"pages": {"above": 8}},
+    }
+    made = run(
+        tmp_path,
+        events={"paths": [str(log / "events.jsonl")]},
+        documents={"paths": [str(log / "documents.jsonl")], "exclude": rules},
+    )
+    # of 40 documents two by id, and the tenth of each of four topics
+    assert made.rows["documents"] == 34
+    assert made.facts["excluded"] == {"columns.pages": 4, "document_ids": 2}
+    out = {"sea.0", "sea.1", *(f"{topic}.9" for topic in ("sea", "bread", "stars", "music"))}
+    events = [json.loads(line) for line in (log / "events.jsonl").read_text().splitlines()]
+    n_out = sum(event["document_id"] in out for event in events)
+    assert made.facts["rejects"] == {"excluded_document": n_out}  # far more than one in a hundred
+    assert made.facts["events"]["in_sessions"] == 900 - n_out
+    assert not out & set(made.read("documents")["document_id"].to_pylist())
+    for span in ("pairs", "dev", "test"):
+        for name in ("anchor_id", "positive_id", "negative_id"):
+            assert not out & set(made.read(span)[name].to_pylist())
+    said = capsys.readouterr().err
+    assert "pairs: 6 of 40 documents excluded: columns.pages 4, document_ids 2" in said
+    assert "pairs: 1 excluded ids are of no document, such as 'nobody'" in said
+
+
+def test_queries_that_led_to_excluded_documents_are_no_fault_of_theirs(tmp_path):
+    (tmp_path / "d.csv").write_text("document_id,text\na,red fox\nb,blue hen\nc,old owl\n")
+    (tmp_path / "q.csv").write_text("query,document_id\nfox,a\nhen,b\nbird,c\n")
+    given = config.from_dict(
+        {
+            "documents": {"paths": [str(tmp_path / "d.csv")], "exclude": {"document_ids": ["c"]}},
+            "queries": {"paths": [str(tmp_path / "q.csv")]},
+            "pairs": {"holdout_share": 0},
+        }
+    )
+    made = pairs.run(given.pairs, given.events, given.documents, tmp_path / "pairs", queries=given.queries)
+    assert made.facts["rejects"] == {"excluded_document": 1}  # a third of them, where one in a hundred may be
+    assert made.facts["queries"]["pairs"] == 2
+
+
+def test_where_ids_to_exclude_lie_decides_nothing_and_what_they_are_does(tmp_path):
+    def given(name: str, ids: str) -> tuple[dict, list[str]]:
+        (tmp_path / name).write_text(ids)
+        exclude = {"document_ids_from": [str(tmp_path / name)]}
+        (tmp_path / "d.csv").write_text("document_id,text\na,x\n")
+        sections = config.from_dict({"documents": {"paths": [str(tmp_path / "d.csv")], "exclude": exclude}})
+        three = sections.pairs, sections.events, sections.documents
+        return pairs.settings_of(*three), [file["digest"] for file in pairs.inputs_of(*three)]
+
+    assert given("one.txt", "a") == given("two.txt", "a")
+    assert given("one.txt", "a")[1] != given("two.txt", "b")[1]
 
 
 @pytest.mark.slow
@@ -347,3 +405,11 @@ def test_a_glob_that_matches_nothing_is_named(tmp_path):
 def test_an_option_that_beam_does_not_know_is_refused(tmp_path, log, options, message):
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, options=options, documents={"paths": [str(log / "documents.jsonl")]})
+
+
+def test_an_earlier_vector_of_a_document_in_passages_is_its_first(tmp_path):
+    with writing(Embeddings, tmp_path / "embeddings", config={}, inputs=[]) as draft:
+        rows = pa.table({"document_id": ["a", "b", "b", "c"]})
+        pq.write_table(rows, draft.folder / "documents.parquet")
+    earlier = Embeddings.open(tmp_path / "embeddings")
+    assert pairs.rows_in(earlier, pa.array(["b", "new", "c"])).tolist() == [1, -1, 3]

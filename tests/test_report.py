@@ -10,6 +10,8 @@ import pytest
 
 from pipeline.report import (
     apart,
+    cut_words,
+    encoding_facts,
     forgetting,
     hybrid_verdicts,
     interval,
@@ -176,6 +178,43 @@ FULL: dict[str, Any] = REPORT | {
             **{name: {f"accuracy_at_{k}": k / 200 for k in (1, 5, 20, 100)} for name in SYSTEMS},
         },
     },
+    "encoding": {
+        "precision": "mixed",
+        "guard": {
+            "n_sample": 20000,
+            "needed": 0.99,
+            "tried": [
+                {"precision": "bfloat16", "recall_at_10": 0.982, "mean_cosine": 0.9999, "min_cosine": 0.999},
+                {"precision": "mixed", "recall_at_10": 0.9946, "mean_cosine": 0.99999, "min_cosine": 0.9998},
+            ],
+            "carried": False,
+        },
+        "checks": {
+            "n_rows": 4100,
+            "n_distinct": 4090,
+            "mean_cosine": 0.2128,
+            "drift": {
+                "neighbours_kept": 0.874,
+                "n_documents": 4010,
+                "n_queries": 1000,
+                "same_encoder": False,
+            },
+        },
+        "seen": {"cut": 612, "unknown_only": 3, "of": 4061},
+        "max_seq_length": 256,
+        "texts_a_second": 632.6,
+        "passage_words": None,
+        "rows": {
+            "documents": 4100,
+            "rows": 4100,
+            "copied": 29,
+            "equal": 10,
+            "encoded": 4061,
+            "deleted": 7,
+            "queries": 2000,
+            "pool": 4061,
+        },
+    },
     "lost": [
         {
             "query": f"A query <i>no. {n}",
@@ -329,7 +368,7 @@ def test_whose_figures_they_are_stands_at_the_head_of_every_part(html):
 
 def test_whose_figures_they_are_stands_at_the_head_of_every_further_part(full):
     parts = full.split("<h2>")[1:-1]
-    assert len(parts) == 12
+    assert len(parts) == 13
     assert all("Data: <strong>simulated readers</strong>" in part for part in parts)
 
 
@@ -655,6 +694,82 @@ def test_what_was_trained_is_told():
 
 def test_of_an_untrained_model_only_its_name_is_told():
     assert training_facts(FULL["model"] | {"trained": False}) == [("model before tuning", "package:given")]
+
+
+def test_how_the_documents_were_encoded_is_told():
+    assert encoding_facts(FULL["encoding"]) == [
+        (
+            "vectors",
+            "4,100: 4,061 encoded, 29 copied from the version before, 10 copied from a document with the "
+            "same text; 7 documents of the version before are gone",
+        ),
+        (
+            "precision",
+            "mixed: of the ten nearest that float32 finds among 20,000 documents, 98.2 % with bfloat16 and "
+            "99.5 % with mixed are found, 99.0 % are wanted",
+        ),
+        ("speed", "633 texts a second"),
+        ("mean cosine of two random documents", "0.213"),
+        (
+            "neighbours kept since the version before",
+            "87.4 % of the ten nearest, of 1,000 documents among 4,010 whose text is unchanged, by another "
+            "model or other settings",
+        ),
+    ]
+
+
+def test_a_precision_that_was_not_tried_is_told_with_the_reason():
+    reason = "fewer than 80,000 documents: the check would cost about what it saves"
+    facts = encoding_facts({"precision": "float32", "guard": {"reason": reason}, "rows": {}, "checks": None})
+    assert facts == [("precision", f"float32: {reason}")]
+
+
+def test_a_precision_that_the_version_before_had_tried_is_told_as_such():
+    guard = FULL["encoding"]["guard"] | {"carried": True}
+    ((_, precision),) = encoding_facts({"precision": "mixed", "guard": guard})
+    assert precision.endswith("99.0 % are wanted; measured for an earlier version")
+
+
+def test_passages_are_counted_beside_their_documents():
+    rows = {"documents": 40, "rows": 90, "copied": 90, "equal": 0, "encoded": 0, "deleted": 0}
+    ((_, said),) = encoding_facts({"rows": rows, "passage_words": 200})
+    assert said == "90 passages of 40 documents: 90 copied from the version before"
+
+
+@pytest.mark.parametrize(
+    ("n_cut", "passage_words", "said"),
+    [
+        (11, None, "11 of the 100 encoded documents (11.0 %)"),
+        (11, None, "Set encode.passage_words:"),
+        (11, 200, "11 of the 100 encoded passages (11.0 %)"),
+        (11, 200, "Set a smaller encode.passage_words:"),
+    ],
+)
+def test_where_more_than_a_tenth_is_cut_passages_are_advised(n_cut, passage_words, said):
+    seen = {"cut": n_cut, "unknown_only": 0, "of": 100}
+    (sentence,) = cut_words({"seen": seen, "passage_words": passage_words, "max_seq_length": 256})
+    assert said in sentence
+
+
+def test_where_a_tenth_is_cut_it_is_said_without_advice():
+    (sentence,) = cut_words({"seen": {"cut": 10, "unknown_only": 0, "of": 100}, "max_seq_length": 256})
+    assert sentence == (
+        "10 of the 100 encoded documents (10.0 %) are longer than the model reads (256 tokens), and "
+        "are not found by what stands behind that."
+    )
+
+
+@pytest.mark.parametrize("seen", [None, {"cut": 0, "unknown_only": 0, "of": 0}])
+def test_where_all_was_read_nothing_is_said(seen):
+    assert cut_words({"seen": seen}) == []
+
+
+def test_the_page_says_what_the_model_did_not_read_and_how_documents_were_encoded(full, html):
+    assert rows_of_table(full, "How the documents became vectors")[0] == "vectors"
+    words = Page(full).words
+    assert "612 of the 4,061 encoded documents (15.1 %)" in words
+    assert "3 of the 4,061 encoded texts hold nothing that the model knows" in words
+    assert "Encoding" not in Page(html).headings
 
 
 @pytest.mark.parametrize(
