@@ -114,7 +114,8 @@ class Encoder:
         self,
         windows: Iterable[Sequence[str]],
         task: Task,
-        seen: Callable[[Window], None] | None = None,
+        seen: Callable[[Window], None] = throughput.ignored,
+        done: Callable[[int], object] = throughput.ignored,
     ) -> Iterator[np.ndarray]:
         """Many texts' vectors, a window at a time: float32 (n_texts, dim), unit length, rows in order.
 
@@ -123,18 +124,20 @@ class Encoder:
         Args:
             seen: as in `throughput.encoded`; not called where the library tokenises: a model that does not
                 fit `throughput`, or several GPUs.
+            done: as there; where the library tokenises, once a window.
         """
         if self.devices:
-            yield from self._in_processes(windows, task)
+            yield from self._in_processes(windows, task, done)
         elif throughput.fits(self.model, task):
             schedule = throughput.schedule_of(self.model)
             if self.batch_tokens != "auto":
                 schedule = replace(schedule, tokens=self.batch_tokens)
-            for rows in throughput.encoded(self.model, windows, task, schedule, seen):
+            for rows in throughput.encoded(self.model, windows, task, schedule, seen, done):
                 yield unit_length(rows)
         else:
             for window in windows:
                 yield self._by_library(window, task)
+                done(len(window))
 
     def _encode(self, texts: Sequence[str], task: Task) -> np.ndarray:
         if len(texts) <= self.batch_size:  # one batch: threads and windows would cost more than they earn
@@ -150,13 +153,16 @@ class Encoder:
         )
         return unit_length(vectors.float().cpu().numpy())
 
-    def _in_processes(self, windows: Iterable[Sequence[str]], task: Task) -> Iterator[np.ndarray]:
+    def _in_processes(
+        self, windows: Iterable[Sequence[str]], task: Task, done: Callable[[int], object]
+    ) -> Iterator[np.ndarray]:
         """Each window shared out among processes, one a device."""
         device = self.model.device
         pool = self.model.start_multi_process_pool(self.devices)  # moves the model to the CPU
         try:
             for window in windows:
                 yield self._by_library(window, task, pool=pool, chunk_size=POOL_CHUNK)
+                done(len(window))
         finally:
             self.model.stop_multi_process_pool(pool)
             self.model.to(device)

@@ -149,11 +149,9 @@ def _rows(
     from tqdm import tqdm
 
     opened = open_at(precision)
-    rows, started = [], time.perf_counter()
+    started = time.perf_counter()
     with tqdm(total=len(texts), desc=f"encode: try {precision}", unit="text", leave=False) as bar:
-        for made in opened.windows(windows_of(texts), "document"):
-            rows.append(made)
-            bar.update(len(made))
+        rows = list(opened.windows(windows_of(texts), "document", done=bar.update))
     return np.concatenate(rows), round(len(texts) / (time.perf_counter() - started), 1)
 
 

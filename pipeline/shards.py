@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.errors import ArtifactError
+from pipeline.throughput import ignored
 
 if TYPE_CHECKING:
     from pipeline.encoder import Encoder
@@ -285,9 +286,15 @@ def encode_shard(job: Job, texts: Sequence[str], encoder: Encoder) -> Encoded:
 
 
 def encoded_windows(
-    job: Job, windows: Iterable[tuple[int, list[str]]], encoder: Encoder
+    job: Job,
+    windows: Iterable[tuple[int, list[str]]],
+    encoder: Encoder,
+    done: Callable[[int], object] = ignored,
 ) -> Iterator[tuple[int, Encoded]]:
     """(number, what comes of it) of each window; while one is computed, the next is tokenised.
+
+    Args:
+        done: is told how many texts more are computed.
 
     Raises:
         ArtifactError: as `encode_shard`.
@@ -303,7 +310,7 @@ def encoded_windows(
     def see(window: Window) -> None:
         seen.append(Seen(window.n_cut, window.n_unknown, len(window.texts)))
 
-    for rows in encoder.windows(texts(), job.task, see):
+    for rows in encoder.windows(texts(), job.task, see, done):
         number, of = under_way.popleft()
         yield number, Encoded(checked(job, of, rows), seen.popleft() if seen else UNSEEN)
 
@@ -312,9 +319,8 @@ def in_process(job: Job, windows: Iterable[tuple[int, list[str]]], shards: Shard
     """The engine of one process."""
     encoder = opened(job)
     with progress(job) as bar:
-        for number, encoded in encoded_windows(job, windows, encoder):
+        for number, encoded in encoded_windows(job, windows, encoder, bar.update):
             shards.write(number, encoded)
-            bar.update(len(encoded.rows))
 
 
 def progress(job: Job) -> tqdm:

@@ -131,12 +131,17 @@ def windows_of(
         yield window
 
 
+def ignored(_: Any) -> None:
+    """What nobody asked to be told."""
+
+
 def encoded(
     model: SentenceTransformer,
     windows: Iterable[Sequence[str]],
     task: Task,
     schedule: Schedule | None = None,
-    seen: Callable[[Window], None] | None = None,
+    seen: Callable[[Window], None] = ignored,
+    done: Callable[[int], object] = ignored,
 ) -> Iterator[np.ndarray]:
     """The texts' vectors, a window at a time.
 
@@ -148,6 +153,7 @@ def encoded(
         windows: texts that may be batched together; what stands in a window decides its rows' last bits.
         schedule: default: `schedule_of(model)`.
         seen: is given each window as tokens, in order, before its rows come.
+        done: is told of each batch how many different texts it had: a window of passages takes minutes.
 
     Yields:
         float32 (n_texts, dim), rows in the order of the window's texts, as the model gives them: of unit
@@ -158,17 +164,16 @@ def encoded(
     with _compute_threads(schedule, model.device.type) as threads, _pool(1) as ahead:
         pending: deque[_Pending] = deque()
         for window in _one_ahead(ahead, lambda texts: tokenise(model, texts, task), windows):
-            if seen is not None:
-                seen(window)
+            seen(window)
             batches = batches_of(window.lengths, schedule.tokens)
             vectors = [
                 threads.submit(_vectors, model, window, rows, task, schedule.multiple) for rows in batches
             ]
             pending.append(_Pending(window.texts, batches, vectors))
             if len(pending) > 1:
-                yield pending.popleft().rows(model)
+                yield pending.popleft().rows(model, done)
         while pending:
-            yield pending.popleft().rows(model)
+            yield pending.popleft().rows(model, done)
 
 
 def batches_of(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
@@ -299,11 +304,15 @@ class _Pending:
     batches: list[np.ndarray]
     vectors: list[Future[np.ndarray]]
 
-    def rows(self, model: SentenceTransformer) -> np.ndarray:
+    def rows(self, model: SentenceTransformer, done: Callable[[int], object]) -> np.ndarray:
         """Its vectors in the given texts' order, when they are all there."""
         if not self.batches:
             return np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
-        vectors = np.concatenate([future.result() for future in self.vectors])
+        parts = []
+        for future in self.vectors:
+            parts.append(future.result())
+            done(len(parts[-1]))
+        vectors = np.concatenate(parts)
         place = np.empty(len(vectors), np.int64)
         place[np.concatenate(self.batches)] = np.arange(len(vectors))
         return vectors[place[self.texts]]

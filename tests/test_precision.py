@@ -27,7 +27,7 @@ class Stand:
     def __init__(self, off: float) -> None:
         self.off = off
 
-    def windows(self, windows, task):
+    def windows(self, windows, task, done):
         assert task == "document"
         for texts in windows:
             exact = np.stack(
@@ -35,6 +35,7 @@ class Stand:
             )
             noise = np.random.default_rng(7).normal(size=exact.shape)
             yield unit_length(exact + self.off * noise)
+            done(len(texts))
 
 
 class Opened:

@@ -29,10 +29,13 @@ class Lengths:
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
 
-    def windows(self, windows: Iterable[list[str]], task: str, seen: Callable) -> Iterator[np.ndarray]:
+    def windows(
+        self, windows: Iterable[list[str]], task: str, seen: Callable, done: Callable
+    ) -> Iterator[np.ndarray]:
         assert task == "document"
         before = None
         for window in windows:
+            done(len(window))
             if before is not None:
                 yield rows(*map(len, before))
             before = window
