@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         dest="overrides",
         help="override a setting; VALUE is YAML, paths are relative to the current folder",
     )
-    shared.add_argument("--force", action="store_true", help="run even what is complete")
+    shared.add_argument(
+        "--force", action="store_true", help="run even what is complete; encode copies no row then"
+    )
 
     helps = {
         "all": "every stage in order, each its own process; complete ones are skipped (any Beam option may "
@@ -261,7 +264,10 @@ def _all(command: argparse.Namespace, beam_options: Sequence[str]) -> int:
     with work_.locked(command.work) as lock:
         if command.keep_model:
             _open("train", command.work)  # none there: said before hours of work
-        for stage in (s for s in STAGES if s != "train" or not command.keep_model):
+        for stage in STAGES:
+            if stage == "train" and command.keep_model:
+                _check_kept(command.work)
+                continue
             arguments = [stage, "--config", command.config, "--work", str(command.work)]
             arguments += [f"--set={override}" for override in command.overrides]
             arguments += ["--force"] * command.force + list(beam_options) * (stage in BEAM_STAGES)
@@ -275,6 +281,21 @@ def _all(command: argparse.Namespace, beam_options: Sequence[str]) -> int:
                 work_.note(command.work, stage, took)
         print(work_.table(command.work, config.publish.folder, config.publish.model_name))
     return 0
+
+
+def _check_kept(work: Path) -> None:
+    """Refuse to judge a kept model by sessions that it was trained on.
+
+    Raises:
+        ConfigError: the pairs hold out sessions from before the model's own held-out ones.
+    """
+    until, held_out = _open("train", work).facts.get("trained_until"), _open("pairs", work).facts["dev_start"]
+    if until and held_out and datetime.fromisoformat(held_out) < datetime.fromisoformat(until):
+        raise ConfigError(
+            f"--keep_model: the model was trained on sessions up to {until}, but the held-out ones now begin "
+            f"at {held_out}: it would be judged by what it knows; train anew, or give a log that goes on"
+        )
+    print("train: the model is kept; settings of `train` do not count", file=sys.stderr)
 
 
 def _made(stage: str, config: Config, work: Path) -> Any:
@@ -308,6 +329,8 @@ def run_stage(stage: str, config: Config, work: Path, force: bool, beam_options:
         return
     if stage == "pairs":
         run(out=work / name, beam_options=beam_options)
+    elif stage == "encode":
+        run(out=work / name, fresh=force)
     else:
         run(out=work / name)
 
@@ -340,11 +363,11 @@ def _plan(
         model, made = _open("train", work), _open("pairs", work)
         options = runners.parse_options(beam_options) if beam_options else None
 
-        def run(out: Path) -> Embeddings:  # the published encoder is looked at only where it is needed
+        # The published encoder is looked at only where it is needed.
+        def run(out: Path, fresh: bool = False) -> Embeddings:
             engine = _engine(config.encode, out, options)
-            return encode.run(
-                config.encode, model, made, out, published=_published(config, work), engine=engine
-            )
+            published = _published(config, work)
+            return encode.run(config.encode, model, made, out, published, engine, fresh)
 
         return encode.settings_of(config.encode), encode.inputs_of(config.encode, model, made), run
     if stage == "index":

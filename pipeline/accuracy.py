@@ -55,9 +55,69 @@ def absent(has_log: bool) -> dict[str, Any]:
     return {"n_pairs": 0, "reason": reason, **dict.fromkeys(MEASURED), **differences, **further}
 
 
-def dot_scores(queries: np.ndarray, documents: np.ndarray) -> Scores:
-    """Scores by dot product: float32 (n_queries, dim) against float32 (n_pool, dim)."""
-    return lambda rows: np.asarray(queries[rows]) @ documents.T
+@dataclass(frozen=True)
+class Pool:
+    """The documents that every compared system searches.
+
+    Attributes:
+        rows: the first row of each in documents.parquet, int32 (n_pool,), ascending.
+        n_rows: how many rows each has: its passages, or 1; int32 (n_pool,).
+    """
+
+    rows: np.ndarray
+    n_rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def all_rows(self) -> np.ndarray:
+        """Every row of every document, one document after the other, int64 (n_pool_rows,)."""
+        within = np.arange(self.n_rows.sum()) - np.repeat(self.starts, self.n_rows)
+        return np.repeat(self.rows.astype(np.int64), self.n_rows) + within
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each document begins among `all_rows`, int64 (n_pool,)."""
+        return np.cumsum(self.n_rows, dtype=np.int64) - self.n_rows
+
+
+def dot_scores(
+    queries: np.ndarray,
+    documents: np.ndarray,
+    starts: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
+) -> Scores:
+    """Scores by dot product; of a document in several rows, the best one's.
+
+    Rows are gone through a block at a time: of long documents there are far more than of documents, and
+    neither they nor their scores need be held at once.
+
+    Args:
+        queries: float32 (n_queries, dim).
+        documents: float32 (n, dim), memory-mapped or not.
+        starts: where each document begins among its rows, int64 (n_pool,); None: each has one row.
+        rows: which of `documents` are meant, one document's after the other's, int64 (n_rows,); None: all.
+    """
+    n_rows = len(documents if rows is None else rows)
+    starts = np.arange(n_rows) if starts is None else starts
+
+    def scored(asked: np.ndarray) -> np.ndarray:
+        vectors = np.asarray(queries[asked])
+        best = np.full((len(asked), len(starts)), -np.inf, np.result_type(queries, documents))
+        size = max(1, BLOCK_BYTES // (4 * max(vectors.shape)))
+        for begin in range(0, n_rows, size):
+            end = min(begin + size, n_rows)
+            of_rows = vectors @ documents[slice(begin, end) if rows is None else rows[begin:end]].T
+            # The block's first document may go on from the block before.
+            first, last = np.searchsorted(starts, [begin, end - 1], "right")
+            here, starts_here = best[:, first - 1 : last], starts[first - 1 : last]
+            if len(starts_here) < end - begin:
+                of_rows = np.maximum.reduceat(of_rows, np.maximum(starts_here - begin, 0), axis=1)
+            np.maximum(here, of_rows, out=here)
+        return best
+
+    return scored
 
 
 def compared(scores: Mapping[str, Scores]) -> Systems:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 SAID_OF_A_MODEL = ("training.jsonl", "learning_curve.json", "README.md")
 LIBRARIES = (
     "apache-beam", "numpy", "polars", "pyarrow", "scann", "sentence-transformers",
-    "tensorflow", "tensorflow-recommenders", "torch", "transformers",
+    "tensorflow", "tensorflow-recommenders", "tokenizers", "torch", "transformers",
 )  # fmt: skip
 
 
@@ -63,7 +63,9 @@ class Artifact:
         except FileNotFoundError:
             raise ArtifactError(f"{path} has no {MANIFEST}: run stage {cls.stage} first") from None
         except (json.JSONDecodeError, UnicodeDecodeError):
-            raise ArtifactError(f"{path / MANIFEST} is damaged: run stage {cls.stage} --force") from None
+            manifest = None
+        if not isinstance(manifest, dict):
+            raise ArtifactError(f"{path / MANIFEST} is damaged: run stage {cls.stage} --force")
         if manifest.get("kind") != cls.kind:
             raise ArtifactError(f"{path} holds {manifest.get('kind')!r}, wanted {cls.kind!r}")
         if manifest.get("format") != cls.format:
@@ -132,11 +134,12 @@ class Pairs(Artifact):
 class Model(Artifact):
     """`model/`: a Sentence Transformers folder with its card, and how the training went.
 
-    facts: dim (width of a vector), base_model (what was tuned: folder, hub name or package:NAME),
-        revision, max_seq_length, prompts ({"query", "document"}: what stands before each), trained (false:
-        the weights as they were), loss, sources ({name: pairs}), best_by, separate_encoders, trim (what
-        train.trim_vocabulary left out, or null), main_similarity, similarity_before and similarity_after
-        (EmbeddingSimilarityEvaluator on dev pairs, or null).
+    facts: dim (width of a vector), base_model (what was tuned: folder, hub name or package:NAME), revision,
+        commit (of a hub's model, or null), max_seq_length, prompts ({"query", "document"}: what stands before
+        each), trained (false: the weights as they were), trained_until (ISO 8601: sessions that start from
+        then on were held out; null without sessions), loss, sources ({name: pairs}), best_by,
+        separate_encoders, trim (what train.trim_vocabulary left out, or null), main_similarity,
+        similarity_before and similarity_after (EmbeddingSimilarityEvaluator on dev pairs, or null).
     training.jsonl: step int, epoch float, and any of loss, accuracy_at_20, spearman_dot.
     learning_curve.json: with train.learning_curve alone: {n_dev_pairs, n_pool, bm25, points: [{pairs,
         accuracy_at_20}], passes_bm25_at}.
@@ -175,20 +178,28 @@ class Embeddings(Artifact):
                       row of sts.parquet, one after the other
     keys/NAME.npy     uint8 (n, 16): hash of the text, prefix, model and settings behind each row of NAME.npy
                       (embeddings, queries, untuned-documents, ...), by which the next run finds it again
+    keys/NAME.flags.npy uint8 (n,): what was seen of each text; 1: longer than max_seq_length, 2: without one
+                      token that the model knows, 4: nothing is known, because the library tokenised it
+    keys/NAME.json    {file: sha256} of these three: a killed run tells by it what it had finished
+    precision.json    precision and guard, as in facts: what a killed run had chosen; in no hash
 
     Without held-out sessions the queries of kind "document" are a seeded sample of the documents; without any
     held-out pairs untuned/ and published/ are not there.
     facts: dim, precision, guard ({n_sample, n_queries, needed, tried: [{precision, recall_at_10, mean_cosine,
         min_cosine}], texts_a_second: {precision: rate}, carried: taken over from the version before}, or
         {reason} where nothing was tried), checks (`checks.Findings`, and drift: {neighbours_kept,
-        n_documents, n_queries, same_encoder} or null), seen ({"cut", "unknown_only", "of": texts that this
-        run encoded}), description, trained, encoder_sha256, prompts, max_seq_length, device, untuned_prompts
-        ({"query", "document"}: with which the untuned vectors were made, or null), untuned_on_dev
+        n_documents, n_queries, same_encoder} or null), seen ({"cut", "unknown_only", "of"}: rows, by their
+        flags; of: those of which something is known), made_by ({"rows": a number that the code raises where
+        it gives other rows, library: version}), description, trained, encoder_sha256, prompts,
+        max_seq_length, device, precision_untuned and precision_published (of their documents, or null),
+        untuned_prompts ({"query", "document"}: with which its vectors were made, or null), untuned_on_dev
         ({"as_given", "prefixed"}: accuracy at 20 of both ways on dev pairs, or null where there was no
         choice), untuned_choice (hash of what was chosen between: while it is the same, the next version takes
-        the choice over; or null), published (the sha256 of the published model that was compared, or null),
-        published_left_out ({"encoder", "reason"} of one that does not load, or null), texts_a_second (of this
-        run, or of the run before where nothing was encoded), n_parameters, model_bytes.
+        the choice over; or null), precision_untuned and precision_published (of their documents' rows, or
+        null where they were not compared), published (the sha256 of the published model that was compared,
+        or null), published_left_out ({"encoder", "reason"} of one that does not load, or null),
+        texts_a_second (of this run, or of the version before where less than a window was encoded),
+        n_parameters, model_bytes.
     rows: documents, rows, copied (of the version before), equal (to an earlier row's text), encoded, deleted
         (documents of the version before that are gone), queries, pool (documents).
     """
@@ -311,15 +322,19 @@ def writing(
     config: Mapping[str, Any],
     inputs: Sequence[Artifact | Mapping[str, str]],
     scratch: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Iterator[Draft]:
     """Write an artefact so that `out` is complete, or as it was before.
 
-    The folder of a failed or killed attempt with the same key is handed out again as it stands.
+    The folder of a failed or killed attempt with the same key is handed out again as it stands, though it may
+    lack its scratch.
 
     Args:
         config: the stage's settings, JSON-ready.
         inputs: artefacts, or {"path", "digest"} of given files.
-        scratch: globs below the folder, of what helps to go on after a kill and is no part of the result.
+        scratch: globs below the folder, of what saves work after a kill and is no part of the result.
+        notes: globs of files that stay and are in no hash, because they tell of one run: without them no
+            later attempt could go on.
     """
     out = Path(out)
     _finish_swap(out)
@@ -334,8 +349,6 @@ def writing(
     (folder / MANIFEST).unlink(missing_ok=True)
     draft = Draft(folder)
     yield draft
-    for path in [path for pattern in scratch for path in folder.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
     manifest = {
         "kind": artifact.kind,
         "format": artifact.format,
@@ -347,13 +360,15 @@ def writing(
         ],
         "rows": draft.rows,
         "facts": draft.facts,
-        "files": file_hashes(folder),
+        "files": file_hashes(folder, _matching(folder, [*scratch, *notes])),
         "libraries": library_versions(),
     }
     for file in folder.rglob("*"):
         if file.is_file():
             fsync(file)
     write_json(folder / MANIFEST, manifest)
+    for path in _matching(folder, scratch):  # until now a kill could want it again
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     fsync(folder)
     _swap(folder, out)
 
@@ -369,10 +384,23 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    """{name relative to the folder: sha256} of every file below it, manifest.json at its top left out."""
+def file_hashes(folder: Path, left_out: Collection[Path] = ()) -> dict[str, str]:
+    """{name relative to the folder: sha256} of every file below it, manifest.json at its top left out.
+
+    Args:
+        left_out: files and folders that are left out too.
+    """
+    left_out = {folder / MANIFEST, *left_out}
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): sha256(file) for file in files if file != folder / MANIFEST}
+    return {
+        str(file.relative_to(folder)): sha256(file)
+        for file in files
+        if left_out.isdisjoint((file, *file.parents))
+    }
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def sha256(path: Path) -> str:

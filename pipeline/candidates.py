@@ -253,7 +253,7 @@ def systems(
         facts = model.facts
         encoder = Encoder.open(
             facts["base_model"], config.device, "float32", facts["max_seq_length"], config.batch_size,
-            facts["revision"], untuned_prompts,
+            facts.get("commit") or facts["revision"], untuned_prompts,
         )  # fmt: skip
         yield "untuned", dense_scores(questions, texts, encoder.queries, encoder.documents)
     else:  # the same weights

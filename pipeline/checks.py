@@ -3,7 +3,6 @@
 Everything runs over blocks of the memory maps: the rows never stand in memory together.
 """
 
-import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.artifacts import Embeddings
 from pipeline.errors import ArtifactError
+from pipeline.hashing import of_texts
 
 MATRIX = "embeddings.npy"
 KEYS = f"keys/{MATRIX}"
@@ -29,7 +29,7 @@ DRIFT_QUERIES = 1000  # whose neighbours are compared
 FEW_KEPT = 0.5  # fewer neighbours kept than this by another model: said
 SAME_KEPT = 0.999  # fewer kept by the same model, whose rows are the same: said
 # What a model gives is refused before it becomes a row: a bad one is a damaged row of the version before.
-AGAIN = "remove the folder of the embeddings and run stage encode, so that nothing is copied"
+AGAIN = "run stage encode --force, which copies nothing"
 
 Ids = Callable[[int], str]
 
@@ -49,7 +49,9 @@ class Findings:
     mean_cosine: float | None
 
 
-def check(matrix: np.ndarray, keys: np.ndarray, dim: int, max_mean_cosine: float, ids: Ids) -> Findings:
+def check(
+    matrix: np.ndarray, keys: np.ndarray, dim: int, max_mean_cosine: float, ids: Ids, n_unknown: int = 0
+) -> Findings:
     """Refuse rows that no search can be built on.
 
     Args:
@@ -59,6 +61,7 @@ def check(matrix: np.ndarray, keys: np.ndarray, dim: int, max_mean_cosine: float
         max_mean_cosine: rows whose pairs are nearer to each other than this, on average, are refused, unless
             there are fewer than MIN_JUDGED texts.
         ids: row -> document_id, for messages.
+        n_unknown: rows of whose texts the model knows no token.
 
     Raises:
         ArtifactError: another shape or type, a row that is not of unit length, equal keys with different
@@ -78,15 +81,40 @@ def check(matrix: np.ndarray, keys: np.ndarray, dim: int, max_mean_cosine: float
     check_equal(matrix, again, before, ids)
     is_first = np.ones(len(keys), bool)
     is_first[again] = False
-    n_distinct, cosine = int(is_first.sum()), mean_cosine(matrix, is_first)
-    if cosine is not None and cosine > max_mean_cosine and n_distinct >= MIN_JUDGED:
-        raise ArtifactError(
-            f"{MATRIX}: two documents' vectors have a cosine of {cosine:.3f} on average, wanted at most "
-            f"encode.max_mean_cosine = {max_mean_cosine:g}: to this model all texts are nearly the same, so "
-            "it finds nothing; train with another train.model or a lower train.learning_rate, or raise the "
-            "limit where the documents really are nearly the same"
+    cosine = check_spread(matrix, is_first, max_mean_cosine, MATRIX, n_unknown)
+    return Findings(len(keys), int(is_first.sum()), None if cosine is None else round(cosine, 6))
+
+
+def check_spread(
+    matrix: np.ndarray, is_chosen: np.ndarray, max_mean_cosine: float, what: str, n_unknown: int = 0
+) -> float | None:
+    """Refuse rows that are all alike; returns the mean cosine.
+
+    Args:
+        matrix, is_chosen: as `mean_cosine` takes them.
+        what: the rows, for the message.
+        n_unknown: as `check`; where half of the rows are such, this is what is wrong.
+
+    Raises:
+        ArtifactError: as `check`.
+    """
+    cosine = mean_cosine(matrix, is_chosen)
+    if cosine is not None and cosine > max_mean_cosine and is_chosen.sum() >= MIN_JUDGED:
+        said = (
+            f"{what}: two documents' vectors have a cosine of {cosine:.3f} on average, wanted at most "
+            f"encode.max_mean_cosine = {max_mean_cosine:g}"
         )
-    return Findings(len(keys), n_distinct, None if cosine is None else round(cosine, 6))
+        if 2 * n_unknown >= len(matrix):
+            raise ArtifactError(
+                f"the model knows no token of {n_unknown:,} of {len(matrix):,} texts; {said}: look at "
+                "documents.paths, or set a train.model that knows the texts' script"
+            )
+        raise ArtifactError(
+            f"{said}: to this model all texts are nearly the same, so it finds nothing; train with another "
+            "train.model or a lower train.learning_rate, or raise the limit where the documents really are "
+            "nearly the same"
+        )
+    return cosine
 
 
 def first_bad_row(matrix: np.ndarray) -> tuple[int, str] | None:
@@ -114,18 +142,40 @@ def blocks(matrix: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def equal_rows(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose key an earlier row has, int64 (n_again,), and the last such row before each."""
-    halves = np.ascontiguousarray(keys).view(np.uint64)
-    order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal keys stay in the order of their rows
-    is_again = np.ones(max(0, len(order) - 1), bool)
-    for half in halves.T:
-        ordered = half[order]
-        is_again &= ordered[1:] == ordered[:-1]
-    return order[1:][is_again], order[:-1][is_again]
+    """Rows whose key an earlier row has, and the first such row of each: two int64 (n_again,).
+
+    Args:
+        keys: uint8 (n, 16).
+    """
+    first, second = halves(keys).T
+    order = np.argsort(first, kind="stable")  # of equal keys the first row comes first
+    again = _as_before(first, order)
+    if not _as_before(second, order)[again].all():  # two keys share their first half
+        order = np.lexsort((second, first))
+        again = _as_before(first, order) & _as_before(second, order)
+    places = np.flatnonzero(again)
+    begins = np.ones(len(places), bool)  # which of them come behind a row that is no repetition
+    begins[1:] = np.diff(places) > 1
+    before = np.maximum.accumulate(np.where(begins, places - 1, 0))
+    return order[places], order[before]
+
+
+def halves(keys: np.ndarray) -> np.ndarray:
+    """Keys as two numbers each, uint64 (n, 2)."""
+    return np.ascontiguousarray(keys).view(np.uint64)
+
+
+def _as_before(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Whether each value is the one before it in this order: bool (n,)."""
+    ordered = values[order]
+    return np.concatenate([np.zeros(min(1, len(ordered)), bool), ordered[1:] == ordered[:-1]])
 
 
 def check_equal(matrix: np.ndarray, again: np.ndarray, before: np.ndarray, ids: Ids) -> None:
     """Refuse rows that differ although their keys say that text, model and settings are the same.
+
+    Args:
+        again, before: as `equal_rows`.
 
     Raises:
         ArtifactError: both rows are named.
@@ -189,7 +239,8 @@ def drift(
     rows, rows_before = in_both(first_halves(keys), first_halves(keys_before))
     same_encoder = len(rows) > 0
     if not same_encoder:  # by another encoder every key is another: only the texts can tell
-        rows, rows_before = in_both(text_hashes(documents), text_hashes(earlier.path / "documents.parquet"))
+        files = (documents, earlier.path / "documents.parquet")
+        rows, rows_before = in_both(*(hashes(file, "text") for file in files))
     if len(rows) <= K:
         return None
     drawn = np.random.default_rng(seed)
@@ -271,15 +322,14 @@ def in_both(now: Iterable[np.ndarray], before: Iterable[np.ndarray]) -> tuple[np
 def first_halves(keys: np.ndarray) -> Iterator[np.ndarray]:
     """The first eight bytes of every key, uint64 in parts."""
     for start in range(0, len(keys), BLOCK_KEYS):
-        yield np.ascontiguousarray(keys[start : start + BLOCK_KEYS]).view(np.uint64)[:, 0]
+        yield halves(keys[start : start + BLOCK_KEYS])[:, 0]
 
 
-def text_hashes(documents: Path) -> Iterator[np.ndarray]:
-    """A hash of every row's text, uint64 in parts."""
+def hashes(documents: Path, column: str) -> Iterator[np.ndarray]:
+    """A hash of every row's string in a column, uint64 in parts."""
     with pq.ParquetFile(documents, buffer_size=1 << 20) as parquet:
-        for batch in parquet.iter_batches(BLOCK_TEXTS, columns=["text"]):
-            digests = [hashlib.blake2b(t.encode(), digest_size=8).digest() for t in batch["text"].to_pylist()]
-            yield np.frombuffer(b"".join(digests), np.uint64)
+        for batch in parquet.iter_batches(BLOCK_TEXTS, columns=[column]):
+            yield of_texts(batch[column].to_pylist())
 
 
 def _say_drift(kept: float, n_documents: int, same_encoder: bool) -> None:

@@ -10,10 +10,10 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +21,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import encoder, shards
-from pipeline.accuracy import MEASURES, Placed, blocks
-from pipeline.artifacts import Model, Pairs
+from pipeline.accuracy import MEASURES, Placed, Pool, blocks, dot_scores
+from pipeline.artifacts import MANIFEST, Model, Pairs
 from pipeline.config import EncodeConfig
 from pipeline.errors import ArtifactError, InputError
-from pipeline.shards import Job, Write
+from pipeline.hashing import of_texts
+from pipeline.precision import WORTH
+from pipeline.reuse import KEYS, files_of
+from pipeline.shards import Job, Precision, Texts, Write
 
 MAX_TYPED = 1000  # half texts that stand for typed queries, a span
 DOCUMENT, TYPED, LOGGED = "document", "typed", "logged"
@@ -35,9 +38,13 @@ MAX_JUDGED = 2000  # dev pairs by which the untuned model's prefixes are chosen
 TUNED, UNTUNED, PUBLISHED = "tuned", "untuned", "published"
 WAYS = ("as_given", "prefixed")  # the untuned model behind its folder's prefixes, and behind the tuned one's
 # Both ways' vectors, which a run that is killed behind the choice finds again: no part of the artefact.
-SCRATCH = (f"{UNTUNED}-*", *(f"keys/{UNTUNED}-{way}-*" for way in WAYS))
-COMPARED_FACTS = ("untuned_prompts", "untuned_on_dev", "untuned_choice", "published", "published_left_out")
-ROWS_AT_ONCE = 1 << 14  # of a table that is streamed, or vectors that are copied
+SCRATCH = (f"{UNTUNED}-*", *(f"{KEYS}/{UNTUNED}-{way}-*" for way in WAYS))
+COMPARED_FACTS = (
+    "untuned_prompts", "untuned_on_dev", "untuned_choice", "precision_untuned", "published",
+    "published_left_out", "precision_published",
+)  # fmt: skip
+REPORT = "report.json"  # of a published version, beside its manifest
+ROWS_AT_ONCE = 1 << 14  # of a table that is streamed
 BYTES_AT_ONCE = 8 << 20  # of a table that is streamed: a text may be a megabyte
 QUERIES = pa.schema(
     {
@@ -48,37 +55,6 @@ QUERIES = pa.schema(
         "document_row": pa.int32(),
     }
 )
-
-Texts = Callable[[], Iterable[str]]
-Precision = Literal["float32", "mixed", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The documents that every compared system searches.
-
-    Attributes:
-        rows: the first row of each in documents.parquet, int32 (n_pool,), ascending.
-        n_rows: how many rows each has: its passages, or 1; int32 (n_pool,).
-    """
-
-    rows: np.ndarray
-    n_rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def all_rows(self) -> np.ndarray:
-        """Every row of every document, one document after the other, int64 (n_pool_rows,)."""
-        ends = np.cumsum(self.n_rows, dtype=np.int64)
-        within = np.arange(self.n_rows.sum()) - np.repeat(ends - self.n_rows, self.n_rows)
-        return np.repeat(self.rows.astype(np.int64), self.n_rows) + within
-
-    @property
-    def starts(self) -> np.ndarray:
-        """Where each document begins among `all_rows`, int64 (n_pool,)."""
-        return np.cumsum(self.n_rows, dtype=np.int64) - self.n_rows
 
 
 @dataclass(frozen=True)
@@ -108,7 +84,7 @@ class Contender:
     """A model that is compared, and how its vectors are written.
 
     Attributes:
-        job: what opens it, at the documents' precision; queries are float32, as servers encode them.
+        job: what opens it, at its documents' precision; queries are float32, as servers encode them.
         sha256: hash of the model's files, by which its rows are found again.
     """
 
@@ -142,7 +118,8 @@ def write_compared(
     Args:
         folder: holds documents.parquet and embeddings.npy with its keys.
         write: as `shards.Write`.
-        precision: of documents, by every model; queries are float32.
+        precision: of the tuned model's documents; queries are float32. Each other model's documents are
+            encoded as is fair to it: see `_write_untuned` and `_write_published`.
         published: the folder of the encoder that is served now, `encoders/<sha256>`: left out where it is
             this model's own.
         before: facts of the version before, by which the untuned model's prefixes are not chosen again.
@@ -163,7 +140,7 @@ def write_compared(
     _write_sentences(TUNED, tuned, compared)
     facts: dict[str, Any] = dict.fromkeys(COMPARED_FACTS)
     if len(compared.pool) or compared.sentences:
-        facts |= _write_untuned(folder, model, tuned, compared, before or {})
+        facts |= _write_untuned(model, tuned, compared, config, before or {})
         facts |= _write_published(folder, tuned, compared, published)
     return {"queries": compared.n_queries, "pool": len(compared.pool)}, facts
 
@@ -244,7 +221,7 @@ def pool_of(pairs: Pairs, size: int) -> np.ndarray:
         Numbers of documents, int64 (n_pool,), ascending.
     """
     held_out = [
-        np.unique(_hashes(batch["positive_id"].to_pylist()))
+        np.unique(of_texts(batch["positive_id"].to_pylist()))
         for span in SPANS
         for kind in SOURCES
         for batch in _held_out(pairs, span, ["positive_id"], kind)
@@ -312,11 +289,10 @@ def found_at_20(queries: np.ndarray, documents: np.ndarray, pairs: np.ndarray, s
         starts: where each document's rows begin, int64 (n_pool,).
     """
     higher, tied = np.zeros((2, len(pairs)), np.int64)
-    for block in blocks(len(pairs), len(documents)):
+    score = dot_scores(queries, documents, starts)
+    for block in blocks(len(pairs), len(starts)):
         asked, own, positive = pairs[block].T
-        scores, rows = np.asarray(queries[asked] @ documents.T), np.arange(len(asked))
-        if len(starts) < len(documents):
-            scores = np.maximum.reduceat(scores, starts, axis=1)
+        scores, rows = score(asked), np.arange(len(asked))
         scores[rows[own >= 0], own[own >= 0]] = -np.inf
         reached = scores[rows, positive][:, None]
         higher[block] = (scores > reached).sum(axis=1)
@@ -342,61 +318,56 @@ def sts_of(config: EncodeConfig) -> pa.Table | None:
 
 
 def _write_untuned(
-    folder: Path, model: Model, tuned: Contender, compared: Compared, before: Mapping[str, Any]
+    model: Model, tuned: Contender, compared: Compared, config: EncodeConfig, before: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The compared texts' vectors by the model before tuning, at its best: where the model was tuned behind
     prefixes that the base model's folder does not name, some models lose by them and some (E5) need them, so
     both ways are encoded, and the one that finds more dev pairs is kept; without dev pairs, the folder's own.
     A trimmed vocabulary or an encoder for each side changes no vector of it.
 
+    The guard asks what a faster precision costs the tuned model; what it costs this one nobody asks. So its
+    documents are encoded in float32, unless there are so many that the guard would be worth its time.
+
     Returns:
         The facts untuned_prompts ({"query", "document"}, with which the kept vectors were made),
-        untuned_on_dev ({"as_given", "prefixed"}: accuracy at 20, or null where there was nothing to choose)
-        and untuned_choice (names what was chosen between: the next version need not encode both ways).
+        untuned_on_dev ({"as_given", "prefixed"}: accuracy at 20, or null where there was nothing to choose),
+        untuned_choice (names what was chosen between: the next version need not encode both ways) and
+        precision_untuned.
     """
     facts = model.facts
-    if not facts["trained"]:  # the same weights: the same rows
-        _copy_tuned(folder, compared)
-        return {"untuned_prompts": facts.get("prompts")}
+    if not facts["trained"]:  # the same weights: the same rows, found by their keys
+        _write(UNTUNED, tuned, compared)
+        return {"untuned_prompts": facts.get("prompts"), "precision_untuned": tuned.job.precision}
+    revision = facts.get("commit") or facts["revision"]  # what was tuned, wherever the hub's branch is now
+    few = int(compared.pool.n_rows.sum()) < WORTH * config.guard_sample
     job = replace(
         tuned.job,
         model=facts["base_model"],
-        revision=facts["revision"],
+        revision=revision,
         max_seq_length=facts["max_seq_length"],
+        precision="float32" if few else tuned.job.precision,
     )
-    base = Contender(job, encoder.digest(facts["base_model"], facts["revision"]), tuned.write)
+    base = Contender(job, encoder.digest(facts["base_model"], revision), tuned.write)
     own = shards.opened(job).prompts
     prompts = {"as_given": own, "prefixed": facts.get("prompts") or own}
     # As given: by the folder's own prompts, whatever they are called there.
     ways = {"as_given": base, "prefixed": replace(base, job=replace(job, prompts=prompts["prefixed"]))}
     if not len(compared.dev) or prompts["as_given"] == prompts["prefixed"]:
-        _write_pool(UNTUNED, base, compared)
-        _write_sentences(UNTUNED, base, compared)
-        return {"untuned_prompts": own}
+        _write(UNTUNED, base, compared)
+        return {"untuned_prompts": own, "precision_untuned": job.precision}
     choice = _key([base.sha256, facts["max_seq_length"], prompts])
-    known = before.get("untuned_choice") == choice
-    found = (
-        before["untuned_on_dev"]
-        if known
-        else {way: _found_with(f"{UNTUNED}-{way}", by, compared) for way, by in ways.items()}
-    )
-    better = max(WAYS, key=found.__getitem__)  # of equal ones the folder's own
-    if known:
-        _write_pool(UNTUNED, ways[better], compared)
+    if before.get("untuned_choice") == choice:
+        found = before["untuned_on_dev"]
     else:
-        # Copied and not renamed: a run that is killed here chooses between the same vectors again.
-        for name in ("documents", "queries"):
-            _copy(folder, f"{UNTUNED}-{better}/{name}", f"{UNTUNED}/{name}")
-    _write_sentences(UNTUNED, ways[better], compared)
-    return {"untuned_prompts": prompts[better], "untuned_on_dev": found, "untuned_choice": choice}
-
-
-def _copy_tuned(folder: Path, compared: Compared) -> None:
-    if len(compared.pool):
-        _copy(folder, "embeddings", f"{UNTUNED}/documents", compared.pool.all_rows)
-        _copy(folder, "queries", f"{UNTUNED}/queries")
-    if compared.sentences:
-        _copy(folder, f"sts-{TUNED}", f"sts-{UNTUNED}")
+        found = {way: _found_with(f"{UNTUNED}-{way}", by, compared) for way, by in ways.items()}
+    better = max(WAYS, key=found.__getitem__)  # of equal ones the folder's own
+    _write(UNTUNED, ways[better], compared)
+    return {
+        "untuned_prompts": prompts[better],
+        "untuned_on_dev": found,
+        "untuned_choice": choice,
+        "precision_untuned": job.precision,
+    }
 
 
 def _found_with(name: str, by: Contender, compared: Compared) -> float:
@@ -408,18 +379,19 @@ def _found_with(name: str, by: Contender, compared: Compared) -> float:
 def _write_published(
     folder: Path, tuned: Contender, compared: Compared, published: Path | None
 ) -> dict[str, Any]:
-    """The compared texts' vectors by the published encoder, unless it is this model's own.
+    """The compared texts' vectors by the published encoder, unless it is this model's own: at the precision
+    that its version is served at.
 
     A published encoder that no longer loads must not keep a better one from being published: it is said, and
     left out.
 
     Returns:
-        The facts published (the name of its folder, null where it was not compared) and published_left_out
-        ({"encoder", "reason"} of one that does not load, else null).
+        The facts published (the name of its folder, null where it was not compared), published_left_out
+        ({"encoder", "reason"} of one that does not load, else null) and precision_published.
     """
     by, left_out = None, None
     if published is not None and published.name != tuned.sha256:
-        job = replace(tuned.job, model=str(published))
+        job = replace(tuned.job, model=str(published), precision=served_at(published, tuned.job))
         try:
             by = Contender(replace(job, dim=shards.opened(job).dim), published.name, tuned.write)
         except InputError as error:
@@ -428,9 +400,40 @@ def _write_published(
     if by is None:
         _remove(folder, PUBLISHED)  # an earlier attempt's, when another one was published
         return {"published": None, "published_left_out": left_out}
-    _write_pool(PUBLISHED, by, compared)
-    _write_sentences(PUBLISHED, by, compared)
-    return {"published": by.sha256, "published_left_out": None}
+    _write(PUBLISHED, by, compared)
+    return {"published": by.sha256, "precision_published": by.job.precision}
+
+
+def served_at(published: Path, tuned: Job) -> Precision:
+    """The precision of the documents in the newest version of a published encoder that says it; float32 where
+    none does, or where this machine is not made for it.
+
+    Args:
+        published: `encoders/<sha256>`, beside `models/<model_name>/<version>`.
+        tuned: whose own precision can be had here.
+    """
+    versions = [path for path in published.parent.parent.glob("models/*/*") if path.name.isdecimal()]
+    for version in sorted(versions, key=lambda path: int(path.name), reverse=True):
+        extra = version / "assets.extra"
+        try:
+            made, report = (
+                json.loads((extra / name).read_text(encoding="utf-8")) for name in (MANIFEST, REPORT)
+            )
+            if made["encoder_sha256"] != published.name:
+                continue
+            found: Precision = report["encoding"]["precision"]
+        except (OSError, ValueError, KeyError, TypeError):  # of an earlier format, or no version of ours
+            continue
+        is_known = found in get_args(Precision)
+        can_be_had = found == tuned.precision or encoder.has_bfloat16(encoder.device_type(tuned.device))
+        return found if is_known and can_be_had else "float32"
+    return "float32"
+
+
+def _write(name: str, by: Contender, compared: Compared) -> None:
+    """The vectors of all compared texts by one model."""
+    _write_pool(name, by, compared)
+    _write_sentences(name, by, compared)
 
 
 def _write_pool(name: str, by: Contender, compared: Compared) -> tuple[np.ndarray, np.ndarray]:
@@ -447,36 +450,11 @@ def _write_sentences(name: str, by: Contender, compared: Compared) -> None:
         by.queries(f"sts-{name}", compared.sentences)
 
 
-def _copy(folder: Path, source: str, target: str, rows: np.ndarray | None = None) -> None:
-    """Copy a matrix of the artefact, or these rows of it, and its keys."""
-    for file, copied in (
-        (folder / f"{source}.npy", folder / f"{target}.npy"),
-        (_keys(folder, source), _keys(folder, target)),
-    ):
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        if rows is None:
-            shutil.copyfile(file, copied)
-        else:
-            _copy_rows(np.load(file, mmap_mode="r"), rows, copied)
-
-
-def _copy_rows(matrix: np.ndarray, rows: np.ndarray, file: Path) -> None:
-    header = np.lib.format.header_data_from_array_1_0(matrix) | {"shape": (len(rows), matrix.shape[1])}
-    with file.open("wb") as opened:
-        np.lib.format.write_array_header_1_0(opened, header)
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            opened.write(matrix[rows[start : start + ROWS_AT_ONCE]].tobytes())
-
-
 def _remove(folder: Path, name: str) -> None:
     shutil.rmtree(folder / name, ignore_errors=True)
-    keys = folder / "keys"
-    for file in (folder / f"sts-{name}.npy", keys / f"sts-{name}.npy", *keys.glob(f"{name}-*.npy")):
-        file.unlink(missing_ok=True)
-
-
-def _keys(folder: Path, name: str) -> Path:
-    return folder / "keys" / f"{name.replace('/', '-')}.npy"
+    for pattern in (*files_of(f"{name}/*"), *files_of(f"sts-{name}")):
+        for file in folder.glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def _title(name: str) -> str:
@@ -560,7 +538,7 @@ def _sampled(pairs: Pairs, span: str, column: str, kind: str, n: int) -> pa.Arra
     names, hashes = pa.array([], pa.string()), np.zeros(0, np.uint64)
     for batch in _held_out(pairs, span, [column], kind):
         names = pa.concat_arrays([names, batch[column].cast(pa.string())])
-        hashes = np.concatenate([hashes, _hashes(batch[column].to_pylist())])
+        hashes = np.concatenate([hashes, of_texts(batch[column].to_pylist())])
         hashes, first = np.unique(hashes, return_index=True)
         names, hashes = names.take(pa.array(first[:n])), hashes[:n]
     return names
@@ -584,7 +562,7 @@ def _hashed(pairs: Pairs) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Documents' numbers, and the hashes of their ids."""
     start = 0
     for batch in _batches(pairs.tables("documents"), ["document_id"]):
-        yield np.arange(start, start + len(batch)), _hashes(batch["document_id"].to_pylist())
+        yield np.arange(start, start + len(batch)), of_texts(batch["document_id"].to_pylist())
         start += len(batch)
 
 
@@ -597,13 +575,7 @@ def _hashed_pairs(
         sides = (
             of.take(pa.array(block[:, side])).to_pylist() for side, of in enumerate((anchors, positives))
         )
-        yield np.arange(start, start + len(block)), _hashes(map("\0".join, zip(*sides, strict=True)))
-
-
-def _hashes(values: Iterable[str]) -> np.ndarray:
-    """The first 64 bits of each value's BLAKE2b, uint64 (n,): in the order of their bytes."""
-    digests = b"".join(hashlib.blake2b(value.encode(), digest_size=8).digest() for value in values)
-    return np.frombuffer(digests, ">u8").astype(np.uint64)
+        yield np.arange(start, start + len(block)), of_texts(map("\0".join, zip(*sides, strict=True)))
 
 
 def _places(values: pa.Array | pa.ChunkedArray, among: pa.Array) -> np.ndarray:

@@ -24,9 +24,9 @@ Paths = Annotated[tuple[str, ...], Field(strict=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Value = str | int | float | bool | None  # of a documents' column
-Values = Annotated[tuple[Value, ...], Field(strict=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Value = str | int | Finite | bool | None  # of a documents' column
+Values = Annotated[tuple[Value, ...], Field(strict=False)]
 
 
 def from_mapping(kind: Any) -> BeforeValidator:

@@ -23,6 +23,7 @@ from pipeline.events import LONE_SURROGATE
 MAX_WORDS = 200  # of a document made from highlights
 TITLE_LENGTH = 100  # characters of a title cut from a text
 THRESHOLD = "threshold"
+ID_LETTERS = 80  # of a document_id in a message
 EXCLUDED = "excluded_document"  # why events and queries that lead to one are rejected: no fault of theirs
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NOT_UTF8 = {  # how a file that is something else begins
@@ -92,7 +93,9 @@ def read(
     ):
         at = rows.select(pl.arg_where(empty)).to_series()
         if len(at):
-            which = "" if wanted == "document_id" else f" (document_id {rows['document_id'][int(at[0])]!r})"
+            which = (
+                "" if wanted == "document_id" else f" (document_id {_shown(rows['document_id'][int(at[0])])})"
+            )
             others = f", nor have {len(at) - 1:,} others" if len(at) > 1 else ""
             raise InputError(
                 f"{path}: row {rows[ROW][int(at[0])]}{which} has no {wanted}{others}; every document needs "
@@ -118,7 +121,7 @@ def _with_thresholds(rows: pl.DataFrame, path: str) -> pl.DataFrame:
     if wrong.any():
         at = int(wrong.arg_true()[0])
         raise InputError(
-            f"{path}: row {rows[ROW][at]} (document_id {rows['document_id'][at]!r}) has the threshold "
+            f"{path}: row {rows[ROW][at]} (document_id {_shown(rows['document_id'][at])}) has the threshold "
             f"{given[at]!r}, and {wrong.sum() - 1} others are wrong too; wanted a score from -1 to 1, or "
             "nothing: unit vectors have no other dot products"
         )
@@ -143,13 +146,18 @@ def unique(tables: Sequence[tuple[str, pl.DataFrame]]) -> pl.DataFrame:
         first = twice.filter(pl.col("document_id") == twice["document_id"][0]).select("_file", ROW).rows()
         one, other = (f"{tables[file][0]} row {row}" for file, row in first[:2])
         raise InputError(
-            f"document_id {twice['document_id'][0]!r} stands twice: {one} and {other} "
+            f"document_id {_shown(twice['document_id'][0])} stands twice: {one} and {other} "
             f"({twice['document_id'].n_unique():,} ids do); a document_id must be unique"
         )
     return documents.drop("_file", ROW).sort("document_id")
 
 
 # --- Keeping out -----------------------------------------------------------------------------------------
+
+
+def _shown(document_id: str) -> str:
+    """An id in quotes; of a long one the beginning."""
+    return repr(document_id if len(document_id) <= ID_LETTERS else f"{document_id[:ID_LETTERS]}…")
 
 
 def read_ids(file: BinaryIO, path: str) -> list[str]:
@@ -263,7 +271,7 @@ def _number(documents: pl.DataFrame, name: str) -> pl.Expr:
     wrong = documents.filter(_text(name).is_not_null() & number.is_null())
     if len(wrong):
         raise InputError(
-            f"documents.exclude.columns.{name}: document_id {wrong['document_id'][0]!r} has "
+            f"documents.exclude.columns.{name}: document_id {_shown(wrong['document_id'][0])} has "
             f"{wrong[name][0]!r}, and {len(wrong) - 1:,} others are no numbers either; below and above need "
             "numbers or nothing"
         )

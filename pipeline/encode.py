@@ -8,12 +8,11 @@ streamed; what is held of all of them at once is numbers.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from pipeline.artifacts import (
     Embeddings,
     Model,
     Pairs,
+    library_versions,
     sha256,
     write_json,
     writing,
@@ -35,17 +35,18 @@ from pipeline.artifacts import (
 from pipeline.config import EncodeConfig, as_dict
 from pipeline.errors import ArtifactError, ConfigError, InputError
 from pipeline.reuse import Known, Matrices, Planned
-from pipeline.shards import Engine, Job, Precision
+from pipeline.shards import Encoded, Engine, Job, Precision, Shards, Texts
+from pipeline.throughput import WINDOW
 
 ROW_GROUP = 10_000  # rows: a client reads only the groups that hold what was found
 BYTES_AT_ONCE = 32 << 20  # of rows that are read or written together, where texts are long
 MATRIX = "embeddings"
 DOCUMENTS = "documents.parquet"
 CHOSEN = "precision.json"  # what was chosen, for the run that goes on after a kill
-SCRATCH = (CHOSEN, *reuse.SCRATCH, *compared.SCRATCH)
-NOT_OF_THE_RESULT = ("processes", "temp_location")  # who computes, and where; the bits stay the same
-
-Texts = Callable[[], Iterator[str]]
+SCRATCH = (*reuse.SCRATCH, *compared.SCRATCH)
+# Who computes, where, and what is refused; the bits stay the same, and a raised limit keeps what is done.
+NOT_OF_THE_RESULT = ("processes", "temp_location", "max_mean_cosine")
+CARRIED = 0.8  # share of the rows that must be copied for the guard's verdict on them to hold for all
 
 
 def settings_of(config: EncodeConfig) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def run(
     out: Path,
     published: Path | None = None,
     engine: Engine | None = None,
+    fresh: bool = False,
 ) -> Embeddings:
     """Encode what is new among the documents, the held-out queries, and what models are compared by.
 
@@ -81,6 +83,7 @@ def run(
         published: the folder of the encoder that is served now, `encoders/<sha256>`: left out where it is
             this model's own. It decides nothing but its own vectors, so it is no part of the artefact's key.
         engine: what encodes the documents; None: this process.
+        fresh: copy no row of the version before.
 
     Raises:
         ConfigError: the model's vectors have another width than `encode.dim`.
@@ -93,30 +96,34 @@ def run(
     before = version_before(out)
     with (
         shards.one_open(),
-        writing(Embeddings, out, config=settings_of(config), inputs=inputs, scratch=SCRATCH) as draft,
+        writing(
+            Embeddings, out, config=settings_of(config), inputs=inputs, scratch=SCRATCH, notes=[CHOSEN]
+        ) as draft,
     ):
         folder, file = draft.folder, draft.folder / DOCUMENTS
+        if fresh:
+            reuse.start_fresh(folder)
         n_documents, n_rows = write_documents(pairs, file, config)
-        texts = texts_of(file)
-        job, guard = job_of(config, model, folder, texts, n_rows, before)
+        matrices = Matrices(folder, Known.of(None if fresh else before))
+        asked = Asked(config, model, before, fresh, n_documents, count_deleted(before, file))
+        planned, guard = plan(asked, matrices, texts_of(file), n_rows)
+        matrix, speed = encode(matrices, planned, engine, asked)
+        job = planned.job
 
-        matrices = Matrices(folder, Known.of(before, config.dim))
-        planned = matrices.plan(MATRIX, texts, job, model.encoder_sha256)
-        n_deleted = count_deleted(before, file)
-        say_plan(planned, n_documents, n_deleted, before, model)
-        matrix, speed = encode(matrices, planned, engine)
-
-        found = checks.check(matrix, planned.keys, config.dim, config.max_mean_cosine, ids_of(file))
+        seen = matrices.seen(MATRIX)
+        limit, n_unknown = config.max_mean_cosine, seen["unknown_only"]
+        found = checks.check(matrix, planned.keys, config.dim, limit, ids_of(file), n_unknown)
         drift = checks.drift(matrix, planned.keys, file, before)
         draft.facts |= {
             "dim": config.dim,
             "precision": job.precision,
             "guard": guard,
             "checks": dataclasses.asdict(found) | {"drift": drift},
-            "seen": matrices.seen(MATRIX),
+            "seen": seen,
+            "made_by": reuse.made_by(),
             "description": pairs.facts["description"],
             "trained": model.facts["trained"],
-            "texts_a_second": speed or (before.facts["texts_a_second"] if before else None),
+            "texts_a_second": speed,
             "n_parameters": n_parameters(job, model, before),
             "model_bytes": model_bytes(model),
             **encoder_facts(config, model),
@@ -126,7 +133,7 @@ def run(
             before.facts if before else None,
         )  # fmt: skip
         draft.rows |= planned.plan.counts | counts
-        draft.rows |= {"documents": n_documents, "rows": n_rows, "deleted": n_deleted}
+        draft.rows |= {"documents": n_documents, "rows": n_rows, "deleted": asked.n_deleted}
         draft.facts |= facts
     return Embeddings.open(out)
 
@@ -140,13 +147,17 @@ def check_width(config: EncodeConfig, model: Model) -> None:
 
 
 def version_before(out: Path) -> Embeddings | None:
-    """What stands in `out`, of which rows can be copied."""
+    """What stands in `out`, of which rows can be copied; a damaged one is said, and is as good as none."""
     try:
-        return Embeddings.open(out)
+        before = Embeddings.open(out)
     except ArtifactError as error:
         if (out / MANIFEST).exists():
             say(f"nothing can be copied: {str(error).partition(': run stage')[0]}")
         return None
+    damaged = reuse.damaged_file(before.path, before.manifest["files"])
+    if damaged is not None:
+        say(f"nothing can be copied: {damaged} is damaged")
+    return before if damaged is None else None
 
 
 # --- Documents ---------------------------------------------------------------------------------------
@@ -221,49 +232,92 @@ def count_deleted(before: Embeddings | None, file: Path) -> int:
     """Documents of the version before that are gone."""
     if before is None:
         return 0
-    known = np.concatenate([*hashes_of_ids(before.path / DOCUMENTS)])
+    known = np.concatenate([*checks.hashes(before.path / DOCUMENTS, "document_id")])
     known.sort()
     is_gone = np.ones(len(known), bool)
     is_gone[1:] = known[1:] != known[:-1]  # of a document's passages only the first one counts
-    for hashes in hashes_of_ids(file):
+    for hashes in checks.hashes(file, "document_id"):
         at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
         is_gone[at[known[at] == hashes]] = False
     return int(is_gone.sum())
 
 
-def hashes_of_ids(file: Path) -> Iterator[np.ndarray]:
-    """Of each row, uint64 in parts."""
-    for batch in batches(file, ["document_id"]):
-        digests = [
-            hashlib.blake2b(i.encode(), digest_size=8).digest() for i in batch["document_id"].to_pylist()
-        ]
-        yield np.frombuffer(b"".join(digests), np.uint64)
+# --- The plan and the encoder -------------------------------------------------------------------------
 
 
-# --- The encoder -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Asked:
+    """What a run is about.
+
+    Attributes:
+        before: the version before.
+        fresh: no row of it is copied.
+        n_documents: of this version.
+        n_deleted: documents of the version before that are gone.
+    """
+
+    config: EncodeConfig
+    model: Model
+    before: Embeddings | None
+    fresh: bool
+    n_documents: int
+    n_deleted: int
 
 
-def job_of(
-    config: EncodeConfig, model: Model, folder: Path, texts: Texts, n_rows: int, before: Embeddings | None
-) -> tuple[Job, dict[str, Any]]:
-    """How the documents are encoded, and facts.guard: why at this precision."""
+def plan(asked: Asked, matrices: Matrices, texts: Texts, n_rows: int) -> tuple[Planned, dict[str, Any]]:
+    """Where the rows come from, and facts.guard: why they are encoded at their precision.
+
+    What is copied is said before the precision is chosen, which may take hours. Until then it is taken to be
+    that of the version before.
+    """
+    config, model, before = asked.config, asked.model, asked.before
     job = Job(
         str(model.path), config.dim, device=config.device, batch_size=config.batch_size,
         batch_tokens=config.batch_tokens, title="documents",
     )  # fmt: skip
-    note = folder / CHOSEN
-    chosen = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
-    if chosen is None or not can_be_had(chosen["precision"], config):
+
+    def at(wanted: str) -> Job:
+        return dataclasses.replace(job, precision=cast(Precision, wanted))
+
+    def plan_at(wanted: str) -> Planned:
+        return matrices.plan(MATRIX, texts, at(wanted), model.encoder_sha256)
+
+    chosen = chosen_before_a_kill(matrices.folder, config)
+    planned = plan_at(chosen["precision"] if chosen else expected(config, before))
+    say_plan(asked, planned)
+    if chosen is None:
+        is_carried = before and is_same_choice(before, config, model)
+        is_carried = is_carried and planned.plan.counts["copied"] >= CARRIED * n_rows
         found, guard = precision.choose(
-            lambda tried: shards.opened(dataclasses.replace(job, precision=cast(Precision, tried))),
+            lambda tried: shards.opened(at(tried)),
             lambda n: sample(texts, n_rows, n),
             n_rows,
             config,
-            before.facts if before and is_same_choice(before, config, model) else None,
+            before.facts if before and is_carried else None,
         )
         chosen = {"precision": found, "guard": guard}
-        write_json(note, chosen)
-    return dataclasses.replace(job, precision=chosen["precision"]), chosen["guard"]
+        write_json(matrices.folder / CHOSEN, chosen)
+    if chosen["precision"] != planned.job.precision:
+        counts = planned.plan.counts
+        planned = plan_at(chosen["precision"])
+        if planned.plan.counts != counts:
+            say_plan(asked, planned)
+    return planned, chosen["guard"]
+
+
+def chosen_before_a_kill(folder: Path, config: EncodeConfig) -> dict[str, Any] | None:
+    """What an earlier attempt chose, where it can be had here: {"precision", "guard"}."""
+    chosen = reuse.noted(folder / CHOSEN)
+    return chosen if chosen and can_be_had(chosen["precision"], config) else None
+
+
+def expected(config: EncodeConfig, before: Embeddings | None) -> str:
+    """The precision that is likely to be chosen."""
+    if config.precision != "auto":
+        return config.precision
+    return (
+        before.facts["precision"] if before and can_be_had(before.facts["precision"], config) else "float32"
+    )
 
 
 def can_be_had(wanted: str, config: EncodeConfig) -> bool:
@@ -275,9 +329,11 @@ def can_be_had(wanted: str, config: EncodeConfig) -> bool:
 def is_same_choice(before: Embeddings, config: EncodeConfig, model: Model) -> bool:
     """Whether the guard would ask the same encoder the same thing again."""
     asked = ("guard_sample", "guard_recall")
-    return all(
-        before.facts.get(name) == value for name, value in encoder_facts(config, model).items()
-    ) and all(before.manifest["config"].get(name) == getattr(config, name) for name in asked)
+    return (
+        all(before.facts.get(name) == value for name, value in encoder_facts(config, model).items())
+        and all(before.manifest["config"].get(name) == getattr(config, name) for name in asked)
+        and before.manifest["libraries"].get("torch") == library_versions().get("torch")
+    )
 
 
 def encoder_facts(config: EncodeConfig, model: Model) -> dict[str, Any]:
@@ -297,14 +353,46 @@ def sample(texts: Texts, n_rows: int, n: int) -> list[str]:
     return list(itertools.compress(texts(), chosen))
 
 
-def encode(matrices: Matrices, planned: Planned, engine: Engine | None) -> tuple[np.ndarray, float | None]:
-    """The documents' matrix, and texts a second; None where none had to be encoded."""
-    n_left = planned.n_left
-    if n_left and engine is None:
-        shards.opened(planned.job)  # the clock measures encoding
-    started = time.perf_counter()
-    matrix = matrices.make(planned, engine or shards.in_process)
-    return matrix, round(n_left / (time.perf_counter() - started), 1) if n_left else None
+def encode(
+    matrices: Matrices, planned: Planned, engine: Engine | None, asked: Asked
+) -> tuple[np.ndarray, float | None]:
+    """The documents' matrix, and texts a second: of the version before where it is known and this run encodes
+    too few to tell; None where no text has been encoded.
+
+    Raises:
+        ArtifactError: the first shard of a model of which nothing is copied shows that it is collapsed.
+    """
+    fetch_from_workers(matrices.folder, planned)
+    n_left, rate = planned.n_left, asked.before.facts["texts_a_second"] if asked.before else None
+    if planned.shards and len(planned.shards.n_rows) > 1 and not planned.plan.counts["copied"]:
+        planned.shards.watch_first(lambda first: check_first(first, asked.config.max_mean_cosine))
+
+    def timed(job: Job, windows: Iterable[tuple[int, list[str]]], made: Shards) -> None:
+        nonlocal rate
+        if engine is None:
+            shards.opened(job)  # the clock measures encoding
+        started = time.perf_counter()
+        (engine or shards.in_process)(job, windows, made)
+        if rate is None or n_left >= WINDOW:
+            rate = round(n_left / (time.perf_counter() - started), 1)
+
+    matrix = matrices.make(planned, timed)
+    return matrix, rate
+
+
+def fetch_from_workers(folder: Path, planned: Planned) -> None:
+    """Take what workers finished for a driver that was killed; Beam is loaded only where there was one."""
+    if (folder / shards.ELSEWHERE).exists():
+        from pipeline import encode_line
+
+        encode_line.fetch(folder, planned.shards)
+
+
+def check_first(first: Encoded, max_mean_cosine: float) -> None:
+    """Refuse a model by its first shard; the last one may come many hours later."""
+    n_rows, n_unknown = len(first.rows), reuse.counted(first.flags)["unknown_only"]
+    what = f"the first {n_rows:,} documents' rows"
+    checks.check_spread(first.rows, np.ones(n_rows, bool), max_mean_cosine, what, n_unknown)
 
 
 def n_parameters(job: Job, model: Model, before: Embeddings | None) -> int:
@@ -322,22 +410,21 @@ def model_bytes(model: Model) -> int:
 # --- What is said beforehand -------------------------------------------------------------------------
 
 
-def say_plan(
-    planned: Planned, n_documents: int, n_deleted: int, before: Embeddings | None, model: Model
-) -> None:
+def say_plan(asked: Asked, planned: Planned) -> None:
     """How many rows are copied and encoded, why none is copied, and how long it takes."""
-    counts = planned.plan.counts
+    counts, before = planned.plan.counts, asked.before
     n_rows = sum(counts.values())
-    passages = f" of {n_documents:,} documents" if n_rows != n_documents else ""
+    passages = f" of {asked.n_documents:,} documents" if n_rows != asked.n_documents else ""
     said = [f"{n_rows:,} rows{passages}: {counts['copied']:,} copied"]
     said += [f"{counts['equal']:,} equal to another"] * (counts["equal"] > 0)
     said += [f"{counts['encoded']:,} to encode"]
-    gone = f"; {n_deleted:,} documents are gone" if n_deleted else ""
+    gone = f"; {asked.n_deleted:,} documents are gone" if asked.n_deleted else ""
     say(", ".join(said) + gone)
-    if before and not counts["copied"]:
-        say(
-            f"nothing can be copied from the version before: {', '.join(changes(before, planned.job, model))}"
-        )
+    if before and asked.fresh:
+        say("nothing is copied from the version before: --force")
+    elif before and not counts["copied"]:
+        why = ", ".join(changes(before, planned.job, asked.model))
+        say(f"nothing can be copied from the version before: {why}")
     speed = before.facts["texts_a_second"] if before else None
     if speed and planned.n_left:
         took = duration(planned.n_left / speed)
@@ -357,6 +444,11 @@ def changes(before: Embeddings, job: Job, model: Model) -> list[str]:
     found = [
         "the model changed" if name == "encoder_sha256" else f"{name} was {then.get(name)!r}, is {value!r}"
         for name, value in now.items() if then.get(name) != value
+    ]  # fmt: skip
+    made_by = before.facts.get("made_by", {})
+    found += [
+        "the code that makes rows changed" if name == "rows" else f"{name} was {made_by.get(name)}, is {now}"
+        for name, now in reuse.made_by().items() if made_by.get(name) != now
     ]  # fmt: skip
     return found or ["every text changed"]
 

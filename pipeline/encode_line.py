@@ -9,8 +9,9 @@ driver's own process, from the same texts by the same job: it has the same bytes
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -20,15 +21,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline import progress, shards, storage
+from pipeline.artifacts import write_json
 from pipeline.config import EncodeConfig
 from pipeline.counts import SumCounts, counted, raise_failure, read_counts, write_counts
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.runners import Options, engine_faults_in_a_line
 from pipeline.shards import Encoded, Engine, Job, Shards
 
@@ -37,17 +40,40 @@ if TYPE_CHECKING:
 
 MODEL = "model.tar"
 COUNTS = "counts.parquet"
-BY_DRIVER = ("texts-*", MODEL, COUNTS)
 GIVEN_UP = "given-up"  # a shard could not be encoded: what was not begun need not be
+OF_ONE_RUN = ("texts-*", MODEL, COUNTS, GIVEN_UP)
 
 
 def engine(options: Options, config: EncodeConfig, out: Path) -> Engine:
     """What encodes missing shards on the runner of `options`.
 
     Args:
-        out: the artefact's folder; `encode.temp_location` may serve several.
+        out: the artefact's folder, by whose name its folders in `encode.temp_location` are told.
+
+    Raises:
+        ConfigError: `encode.temp_location` cannot be written.
     """
-    return Line(options, config.temp_location, Path(out).absolute())
+    if config.temp_location is not None:
+        _try_to_write(config.temp_location)
+    return Line(options, config.temp_location, out.name)
+
+
+def fetch(artefact: Path, made: Shards | None) -> None:
+    """Take the shards that workers finished for a driver that was killed, and remove all that it left there.
+
+    Args:
+        artefact: the half-done one's folder, in which is noted where.
+        made: the shards that are needed now; None: none are.
+    """
+    note = artefact / shards.ELSEWHERE
+    if not note.exists():
+        return
+    left = json.loads(note.read_text(encoding="utf-8"))
+    folder = f"{left['temp_location'] or artefact}/{left['folder']}"
+    if made is not None and made.folder.name == left["shards"]:
+        _collect(folder, made)
+    storage.remove_folder(folder)
+    shutil.rmtree(note.parent)
 
 
 @dataclass(frozen=True)
@@ -56,7 +82,7 @@ class Line:
 
     options: Options
     temp_location: str | None
-    out: Path
+    name: str
 
     def __call__(self, job: Job, windows: Iterable[tuple[int, list[str]]], made: Shards) -> None:
         """Encode the windows of the shards that are missing.
@@ -64,28 +90,36 @@ class Line:
         Raises:
             PipelineError: a worker's failure, in one line; what the others finished is kept.
         """
-        base, prefix = self._place(made)
-        folder = f"{base}/{prefix}{made.folder.name}"
-        _collect(folder, made)  # what workers finished for a driver that was killed
-        storage.remove_folders(base, prefix)
+        fetch(made.folder.parent, made)
         if missing := set(made.missing()):
-            storage.make_folder(folder)
+            folder = self._place(made)
             try:
                 sizes = _send_texts(folder, windows, missing)
                 _let_go()  # of what the driver encoded by so far: workers may need the room
                 self._run(job, sizes, made, folder)
             finally:
                 _let_go()  # the workers may have been threads of this process
-                for pattern in (*BY_DRIVER, GIVEN_UP):  # shards stay: the next run may need them
+                for pattern in OF_ONE_RUN:  # shards stay: the next run may need them
                     storage.remove(folder, pattern)
-            storage.remove_folder(folder)
+                storage.remove_folder(progress.marks_of(folder, job.title))
+            fetch(made.folder.parent, made)
 
-    def _place(self, made: Shards) -> tuple[str, str]:
-        """The folder that all share, and how the names begin of what this artefact's runs leave in it."""
-        if self.temp_location is None:
-            return str(made.folder.parent), "shards-line-"  # removed with the artefact's own shards
-        base = self.temp_location.rstrip("/")
-        return base, f".{self.out.name}.shards-{hashlib.sha256(str(self.out).encode()).hexdigest()[:8]}-"
+    def _place(self, made: Shards) -> str:
+        """A new folder that driver and workers share.
+
+        Its name is drawn and kept in the half-done artefact: the next run finds there what this one leaves,
+        and no other run takes or removes it, be its artefact's path the same on another machine, or its
+        settings others.
+        """
+        artefact, drawn = made.folder.parent, uuid4().hex[:16]
+        base = self.temp_location and self.temp_location.rstrip("/")
+        name = f".{self.name}.shards-{drawn}" if base else f"shards-line-{drawn}"
+        note = artefact / shards.ELSEWHERE
+        note.parent.mkdir(exist_ok=True)
+        write_json(note, {"temp_location": base, "folder": name, "shards": made.folder.name})
+        folder = f"{base or artefact}/{name}"
+        storage.make_folder(folder)
+        return folder
 
     def _run(self, job: Job, sizes: dict[int, int], made: Shards, folder: str) -> None:
         """Have the shards encoded whose texts are in the folder.
@@ -217,6 +251,25 @@ def _of_dask_worker() -> int | None:
 
 
 # --- What driver and workers share -------------------------------------------------------------------
+
+
+def _try_to_write(folder: str) -> None:
+    """Make the folder where it is not there, and refuse one that takes no file.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    probe = f"{folder.rstrip('/')}/.{uuid4().hex}.part"
+    try:
+        storage.make_folder(folder)
+        FileSystems.create(probe).close()
+        FileSystems.delete([probe])
+    except Exception as error:  # each file system's library has errors of its own
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"encode.temp_location: {folder}: {reason}; wanted a folder that this machine and all workers "
+            "can write"
+        ) from None
 
 
 def _texts_file(folder: str, number: int) -> str:

@@ -203,8 +203,8 @@ def _set_precision(model: SentenceTransformer, precision: str) -> None:
     import torch
 
     on_cpu = model.device.type == "cpu"
-    if precision == "bfloat16":
-        model.bfloat16()
+    # A folder may hold weights of either kind, and is loaded as it is.
+    model.bfloat16() if precision == "bfloat16" else model.float()
     if on_cpu and (precision == "float32" or has_bfloat16("cpu")):
         _pack(model, torch.float32 if precision == "float32" else torch.bfloat16)
     if precision == "mixed":
@@ -224,7 +224,9 @@ def _pack(model: SentenceTransformer, dtype: torch.dtype) -> None:
 
     On one core with AVX-512 BF16 this took a tenth off 256-token passages in bfloat16 and mixed, and a
     seventh in float32; mixed no longer rounds its weights at each batch either. PyTorch's own compiler packs
-    by the same two operators; without them layers stay as they are.
+    by the same two operators; without them, or where they refuse a layer, all layers stay as they are.
+
+    A packed model can be neither deep-copied nor pickled, and holds each linear layer's weights twice.
     """
     import torch
 
@@ -233,12 +235,26 @@ def _pack(model: SentenceTransformer, dtype: torch.dtype) -> None:
         return
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return
-    for layer in model.modules():
-        if type(layer) is torch.nn.Linear:
-            with torch.no_grad():
-                weight = pack(layer.weight.to(dtype), throughput.CPU_TOKENS)
-                bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-            layer.forward = functools.partial(_forward_packed, layer, weight, bias)  # type: ignore[method-assign]
+    packed = []
+    try:
+        with torch.no_grad():
+            for layer in model.modules():
+                if type(layer) is torch.nn.Linear:
+                    weight = pack(layer.weight.to(dtype), throughput.CPU_TOKENS)
+                    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+                    _multiplied(torch.zeros(1, layer.in_features, dtype=dtype), weight, bias)  # a trial
+                    packed.append((layer, weight, bias))
+    except (RuntimeError, TypeError):  # the operators are PyTorch's own affair, and may change
+        return
+    for layer, weight, bias in packed:
+        layer.forward = functools.partial(_forward_packed, layer, weight, bias)  # type: ignore[method-assign]
+
+
+def _multiplied(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer's output by its packed weights."""
+    import torch
+
+    return torch.ops.mkldnn._linear_pointwise(given, weight, bias, "none", [], "")
 
 
 def _forward_packed(layer: torch.nn.Linear, weight: Tensor, bias: Tensor | None, given: Tensor) -> Tensor:
@@ -249,7 +265,7 @@ def _forward_packed(layer: torch.nn.Linear, weight: Tensor, bias: Tensor | None,
         if not torch.is_autocast_enabled("cpu"):  # the model computes this layer's input exactly
             return torch.nn.functional.linear(given, layer.weight, layer.bias)
         given = given.to(dtype)
-    return torch.ops.mkldnn._linear_pointwise(given, weight, bias, "none", [], "")
+    return _multiplied(given, weight, bias)
 
 
 def load(
@@ -514,7 +530,8 @@ def _composing(backend: Tokenizer, lowers: bool) -> Any:
 
 def _try_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that reads every text alike: its vectors would all be equal."""
-    english, korean = (tokenizer(text)["input_ids"] for text in PROBES)
+    # Not verbose: a model of 8 tokens would be said to get too many.
+    english, korean = (tokenizer(text, verbose=False)["input_ids"] for text in PROBES)
     n_unknown = sum(token == tokenizer.unk_token_id for token in english)
     if english == korean or n_unknown > MAX_UNKNOWN_SHARE * len(english):
         raise InputError(

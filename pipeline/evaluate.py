@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline.accuracy import (
     LEXICAL,
+    Pool,
     Scores,
     absent,
     accuracies,
@@ -61,7 +62,10 @@ COMPARED_FACTS = (
     "n_parameters", "model_bytes", "untuned_prompts", "untuned_on_dev", "published", "published_left_out",
 )  # fmt: skip
 # And of the documents' rows.
-ENCODING_FACTS = ("precision", "guard", "checks", "seen", "max_seq_length", "texts_a_second")
+ENCODING_FACTS = (
+    "precision", "precision_untuned", "precision_published", "guard", "checks", "seen", "max_seq_length",
+    "texts_a_second",
+)  # fmt: skip
 
 
 def run(
@@ -145,7 +149,7 @@ def judge(
         return over_kind(config, pairs, queries, pool, scores, of, weight_of(of, weights))
 
     shown = (config, held_out, placed, systems, queries, pool)
-    untuned = load(embeddings, "untuned/documents.npy")[first_rows(pool)]
+    untuned = load(embeddings, "untuned/documents.npy")[rows_of(pool).starts]
     by_logged = with_hybrids(compared(scores), config.rrf_k, weight_of("logged", weights).value)
     return {
         "retrieval": {
@@ -276,10 +280,9 @@ def whole_texts(pairs: Pairs, document_ids: list[str]) -> list[str]:
     return [text_of[document_id] for document_id in document_ids]
 
 
-def first_rows(pool: "pd.DataFrame") -> np.ndarray:
-    """Where each document's first row is in what was encoded of the pool alone, int64 (n_pool,)."""
-    n_rows = pool["n_rows"].to_numpy(np.int64)
-    return np.cumsum(n_rows) - n_rows
+def rows_of(pool: "pd.DataFrame") -> Pool:
+    """Which rows the pool's documents have."""
+    return Pool(pool["document_row"].to_numpy(), pool["n_rows"].to_numpy())
 
 
 def judged(pairs: Pairs) -> tuple[str, int]:
@@ -419,28 +422,14 @@ def scorers(
         if name == LEXICAL:
             return bm25_scores(queries["text"].tolist(), pool["text"].tolist())
         if name == DENSE:
-            tuned = np.asarray(embeddings.matrix()[rows_of(pool)])
-            return of_best_row(dot_scores(load(embeddings, "queries.npy"), tuned), pool)
-        queries_of, documents = (load(embeddings, f"{name}/{part}.npy") for part in ("queries", "documents"))
-        return of_best_row(dot_scores(queries_of, documents), pool)
+            asked, matrix = load(embeddings, "queries.npy"), embeddings.matrix()
+            return dot_scores(asked, matrix, of_pool.starts, of_pool.all_rows)
+        asked, matrix = (load(embeddings, f"{name}/{part}.npy") for part in ("queries", "documents"))
+        return dot_scores(asked, matrix, of_pool.starts)
 
+    of_pool = rows_of(pool)
     others = (n for n in ("untuned", "published") if (embeddings.path / n / "documents.npy").exists())
     return {name: scorer(name) for name in (names or [DENSE, *others, LEXICAL])}
-
-
-def rows_of(pool: "pd.DataFrame") -> np.ndarray:
-    """The rows of the matrix that are the pool's documents, one document's after the other's, int64."""
-    n_rows = pool["n_rows"].to_numpy(np.int64)
-    within = np.arange(n_rows.sum()) - np.repeat(first_rows(pool), n_rows)
-    return np.repeat(pool["document_row"].to_numpy(np.int64), n_rows) + within
-
-
-def of_best_row(scores: Scores, pool: "pd.DataFrame") -> Scores:
-    """Scores over the pool's documents out of scores over their rows."""
-    starts = first_rows(pool)
-    if (pool["n_rows"] == 1).all():
-        return scores
-    return lambda queries: np.maximum.reduceat(scores(queries), starts, axis=1)
 
 
 def model_figures(model: Model, embeddings: Embeddings) -> dict[str, Any]:

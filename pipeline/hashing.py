@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,12 @@ def stable_hash(column: str) -> pl.Expr:
     import polars_hash  # noqa: F401  adds `nchash` to polars' expressions
 
     return pl.col(column).nchash.xxhash64()  # type: ignore[attr-defined]
+
+
+def of_texts(values: Iterable[str]) -> np.ndarray:
+    """64 bits of each value's BLAKE2b, uint64 (n,): the number that `b2sum -l 64` prints."""
+    digests = b"".join(hashlib.blake2b(value.encode(), digest_size=8).digest() for value in values)
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
 def mix(*parts: Any) -> np.ndarray:

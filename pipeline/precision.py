@@ -37,7 +37,8 @@ def choose(
         open_at: the tuned model at a precision.
         texts: n sampled rows' texts.
         n_rows: that are to be had in all.
-        before: facts of the version before where its encoder and the guard's settings are this run's.
+        before: facts of the version before where its verdict holds for these rows: its encoder and the
+            guard's settings are this run's, and most rows are its own.
 
     Returns:
         "float32", "mixed" or "bfloat16", and facts.guard: {n_sample, n_queries, needed, tried: [{precision,

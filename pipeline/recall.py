@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 K = 10  # of recall@10
 KINDS = ("document", "typed", "logged")  # of the queries that the index was asked
-BLOCK_BYTES = 32 << 20  # of scores at once; sorting them takes about ten times that
+BLOCK_BYTES = 8 << 20  # of scores at once; sorting them takes about ten times that
 TIE = 1e-6  # two float32 sums of 384 products of the same vectors differ by about 1e-7
 
 

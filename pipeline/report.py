@@ -356,6 +356,10 @@ def encoding_facts(encoding: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("vectors", row_words(rows, encoding.get("passage_words"))))
     if encoding.get("precision"):
         facts.append(("precision", encoding["precision"] + guard_words(encoding.get("guard") or {})))
+    others = {name: encoding.get(f"precision_{name}") for name in ("untuned", "published")}
+    if any(others.values()):
+        said = [f"{SYSTEMS[name].lower()} {precision}" for name, precision in others.items() if precision]
+        facts.append(("precision of the models it is compared with", ", ".join(said)))
     if encoding.get("texts_a_second"):
         facts.append(("speed", f"{encoding['texts_a_second']:,.0f} texts a second"))
     if checks.get("mean_cosine") is not None:
@@ -407,13 +411,14 @@ def cut_words(encoding: Mapping[str, Any]) -> list[str]:
     """What of the texts the model did not see: a sentence each, none where it saw all."""
     seen, in_passages = encoding.get("seen") or {}, bool(encoding.get("passage_words"))
     n, n_cut, n_unknown = (seen.get(name) or 0 for name in ("of", "cut", "unknown_only"))
+    n_others = ((encoding.get("rows") or {}).get("rows") or n) - n
     sentences = []
     if n_cut:
         what = "passages" if in_passages else "documents"
         tokens = f" ({count(encoding['max_seq_length'])} tokens)" if encoding.get("max_seq_length") else ""
         sentence = (
-            f"{count(n_cut)} of the {count(n)} encoded {what} ({percent(n_cut / n)}) are longer than the "
-            f"model reads{tokens}, and are not found by what stands behind that."
+            f"{count(n_cut)} of {count(n)} {what} ({percent(n_cut / n)}) are longer than the model reads"
+            f"{tokens}, and are not found by what stands behind that."
         )
         if n_cut / n > MANY_CUT:
             smaller = "a smaller " if in_passages else ""
@@ -421,9 +426,11 @@ def cut_words(encoding: Mapping[str, Any]) -> list[str]:
         sentences.append(sentence)
     if n_unknown:
         sentences.append(
-            f"{count(n_unknown)} of the {count(n)} encoded texts hold nothing that the model knows, such as "
-            "emoji alone or a script that it was not trained on: their vectors say nothing."
+            f"{count(n_unknown)} of {count(n)} texts hold nothing that the model knows, such as emoji alone "
+            "or a script that it was not trained on: their vectors say nothing."
         )
+    if sentences and n_others > 0:
+        sentences.append(f"Of the other {count(n_others)} neither is known.")
     return sentences
 
 

@@ -1,8 +1,8 @@
 """Matrices of which only what is new is encoded: rows are keyed, planned, and put together.
 
-A key is a hash of the text and of all else that decides its row: model, task, prefix, max_seq_length,
-precision and width. A row whose key the version before has is copied, rows of equal keys are encoded once,
-and the rest is encoded in shards.
+A key is a hash of the text and of all else that decides its row: the code, model, task, prefix,
+max_seq_length, precision and width. A row whose key the version before has, or a matrix that this run made
+before, is copied; rows of equal keys are encoded once, and the rest is encoded in shards.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ import os
 import shutil
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from importlib import metadata
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.artifacts import Embeddings, sha256, write_json
+from pipeline.checks import equal_rows, halves
 from pipeline.errors import ArtifactError
-from pipeline.shards import Engine, Job, Shards, in_process, sizes, windows
-from pipeline.throughput import WINDOW
+from pipeline.shards import UNSEEN, Engine, Job, Shards, Texts, in_process, sizes, windows
+from pipeline.throughput import CUT, UNKNOWN, WINDOW
 
-SCRATCH = ("shards-*", "seen-*.json", "**/.*.tmp")  # of what `Matrices` makes, no part of the artefact
-KEYS = "keys"  # folder of the keys of every matrix
+ROWS = 1  # of a key: raise it when the code gives another row to a text, so that no old one is copied
+LIBRARIES = ("tokenizers", "transformers", "sentence-transformers")  # other versions may give other rows
+FRESH = "shards-fresh"  # in a half-done folder: all that is in it was made without copying
+SCRATCH = ("shards-*", "**/.*.tmp")  # of what `Matrices` makes, no part of the artefact
+KEYS = "keys"  # folder of what is kept beside every matrix
 KEY_BYTES = 16
 KEYS_AT_ONCE = 1 << 16  # that are looked up
 BLOCK = 4096  # rows that are copied at once
-HERE = -1  # not in the version before: encoded by this run
-
-Texts = Callable[[], Iterable[str]]
+HERE = -1  # nowhere known: encoded for this matrix
 
 
 def key_of_encoder(job: Job, model_hash: str) -> bytes:
@@ -45,8 +48,13 @@ def key_of_encoder(job: Job, model_hash: str) -> bytes:
             max_seq_length) is in them.
     """
     prompt = None if job.prompts is None else job.prompts.get(job.task, "")
-    settings = [model_hash, job.task, prompt, job.max_seq_length, job.precision, job.dim]
+    settings = [made_by(), model_hash, job.task, prompt, job.max_seq_length, job.precision, job.dim]
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=KEY_BYTES).digest()
+
+
+def made_by() -> dict[str, Any]:
+    """The code that makes a text's row: {"rows": ROWS, library: version}."""
+    return {"rows": ROWS} | {name: metadata.version(name) for name in LIBRARIES}
 
 
 def row_keys(texts: Iterable[str], encoder_key: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -61,66 +69,89 @@ def row_keys(texts: Iterable[str], encoder_key: bytes) -> tuple[np.ndarray, np.n
     return np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES), np.frombuffer(lengths, np.uint32)
 
 
-class Known:
-    """The rows of the version before, found by their keys.
+def files_of(name: str) -> tuple[str, str, str, str]:
+    """NAME.npy, its keys, its flags and its note, relative to the artefact's folder; NAME may be a glob.
 
-    Args:
-        matrices: keys uint8 (n, 16), rows float32 (n, dim), and a call that tells whether both are as they
-            were written, asked when a row is first wanted.
+    Keys are uint8 (n, 16), flags uint8 (n,): what was seen of each row's text. The note, {file: sha256} of
+    the three, is written when they are whole.
+    """
+    beside = f"{KEYS}/{name.replace('/', '-')}"
+    return f"{name}.npy", f"{beside}.npy", f"{beside}.flags.npy", f"{beside}.json"
+
+
+class Matrix(NamedTuple):
+    """Rows that can be copied.
+
+    Attributes:
+        keys: uint8 (n, 16).
+        rows: float32 (n, dim).
+        flags: uint8 (n,).
     """
 
-    def __init__(self, matrices: Iterable[tuple[np.ndarray, np.ndarray, Callable[[], bool]]] = ()) -> None:
-        self._matrices = list(matrices)
-        self.rows = [rows for _, rows, _ in self._matrices]
-        self._is_sound: dict[int, bool] = {}
+    keys: np.ndarray
+    rows: np.ndarray
+    flags: np.ndarray
+
+
+class Known:
+    """Rows that were made before, found by their keys: of any width, by any model."""
+
+    def __init__(self, matrices: Iterable[Matrix] = ()) -> None:
+        self.matrices = list(matrices)
 
     @classmethod
-    def of(cls, before: Embeddings | None, dim: int) -> Known:
-        """All matrices of the version before that have keys and this width; none without such a version."""
-        return cls(_matrices(before, dim) if before else ())
+    def of(cls, before: Embeddings | None) -> Known:
+        """All matrices of the version before, known to be whole, that have keys; none without such one."""
+        return cls(_matrices(before) if before else ())
+
+    def add(self, matrix: Matrix) -> None:
+        """Have a matrix's rows found, where no earlier one has them."""
+        self.matrices.append(matrix)
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the rows of these keys are.
 
         Returns:
-            int16 (n,), which of `rows`, or HERE; int32 (n,), which row of it, the first of equal ones, or the
-            key's own place.
+            int16 (n,), which of `matrices`, or HERE; int32 (n,), which row of it, the first of equal ones, or
+            the key's own place.
         """
         origin, at = np.full(len(keys), HERE, np.int16), np.arange(len(keys), dtype=np.int32)
-        for number, (known, *_) in enumerate(self._matrices):
-            for rows, found in _positions(known, keys, origin):
-                if len(rows) and self._sound(number):
-                    origin[rows], at[rows] = number, found
+        for number, matrix in enumerate(self.matrices):
+            if not (origin == HERE).any():
+                break
+            for rows, found in _positions(matrix.keys, keys, origin):
+                origin[rows], at[rows] = number, found
         return origin, at
 
-    def _sound(self, number: int) -> bool:
-        if number not in self._is_sound:
-            self._is_sound[number] = self._matrices[number][2]()
-        return self._is_sound[number]
+
+def _matrices(before: Embeddings) -> Iterator[Matrix]:
+    written = before.manifest["files"]
+    for file in sorted(written, key=lambda file: (file != "embeddings.npy", file)):
+        *names, _ = files_of(file.removesuffix(".npy"))
+        if file.endswith(".npy") and all(name in written for name in names):
+            rows, keys, flags = (mapped(before.path / name) for name in names)
+            if len(keys) == len(rows) == len(flags):
+                yield Matrix(keys, rows, flags)
 
 
-def _matrices(before: Embeddings, dim: int) -> Iterator[tuple[np.ndarray, np.ndarray, Callable[[], bool]]]:
-    for name in sorted(before.manifest["files"], key=lambda name: (name != "embeddings.npy", name)):
-        keys_name = f"{KEYS}/{name.replace('/', '-')}"
-        if not name.endswith(".npy") or keys_name not in before.manifest["files"]:
-            continue
-        keys, rows = mapped(before.path / keys_name), mapped(before.path / name)
-        if rows.shape[-1] == dim and rows.size == len(keys) * dim:
-            # sts-*.npy holds two rows a pair
-            yield keys, rows.reshape(-1, dim), partial(_is_as_written, before, (name, keys_name))
+def damaged_file(folder: Path, hashes: Mapping[str, str]) -> Path | None:
+    """The first file that is not there or has not the hash that it had, {name: sha256}."""
+    for name, hashed in hashes.items():
+        try:
+            if sha256(folder / name) != hashed:
+                return folder / name
+        except OSError:
+            return folder / name
+    return None
 
 
-def _is_as_written(before: Embeddings, names: Iterable[str]) -> bool:
-    for name in names:
-        if sha256(before.path / name) != before.manifest["files"][name]:
-            print(f"encode: {before.path / name}: damaged, nothing is copied from it", file=sys.stderr)
-            return False
-    return True
-
-
-def _halves(keys: np.ndarray) -> np.ndarray:
-    """Keys as two numbers each, uint64 (n, 2)."""
-    return np.ascontiguousarray(keys).view(np.uint64)
+def noted(file: Path) -> dict[str, Any] | None:
+    """What a note of an earlier attempt says; None where there is none, or half of one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _positions(
@@ -129,37 +160,16 @@ def _positions(
     """Rows of `keys` that are not found yet and that `known` has, and the first row of it that has each."""
     if not len(known):
         return
-    first, second = _halves(known).T
+    first, second = halves(known).T
     order = np.argsort(first, kind="stable").astype(np.int32)
     ordered = first[order]
     for start in range(0, len(keys), KEYS_AT_ONCE):
         rows = start + np.flatnonzero(origin[start : start + KEYS_AT_ONCE] == HERE)
-        wanted = _halves(keys[rows])
+        wanted = halves(keys[rows])
         found = order[np.minimum(np.searchsorted(ordered, wanted[:, 0]), len(order) - 1)]
         # Of two keys that share their first half one is not found, and is encoded again: rare, and right.
         is_same = (first[found] == wanted[:, 0]) & (second[found] == wanted[:, 1])
         yield rows[is_same], found[is_same]
-
-
-def _repeated(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows whose key an earlier row has, and the first such row of each: two int64 (n_repeated,)."""
-    first, second = _halves(keys).T
-    order = np.argsort(first, kind="stable")  # of equal keys the first row comes first
-    again = _as_before(first, order)
-    if not _as_before(second, order)[again].all():  # two keys share their first half
-        order = np.lexsort((second, first))
-        again = _as_before(first, order) & _as_before(second, order)
-    places = np.flatnonzero(again)
-    begins = np.ones(len(places), bool)  # which of them come behind a row that is no repetition
-    begins[1:] = np.diff(places) > 1
-    before = np.maximum.accumulate(np.where(begins, places - 1, 0))
-    return order[places], order[before]
-
-
-def _as_before(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Whether each value is the one before it in this order: bool (n,)."""
-    ordered = values[order]
-    return np.concatenate([np.zeros(min(1, len(ordered)), bool), ordered[1:] == ordered[:-1]])
 
 
 @dataclass(frozen=True)
@@ -167,7 +177,7 @@ class Plan:
     """Where each row of a matrix comes from.
 
     Attributes:
-        origin: int16 (n,), which matrix of the version before, or HERE.
+        origin: int16 (n,), which of `Known.matrices`, or HERE.
         at: int32 (n,), which row of that matrix; HERE: the first row of this one with the same key.
     """
 
@@ -178,7 +188,7 @@ class Plan:
     def of(cls, keys: np.ndarray, known: Known) -> Plan:
         origin, at = known.find(keys)
         here = np.flatnonzero(origin == HERE).astype(np.int32)
-        again, first = _repeated(keys if len(here) == len(keys) else keys[here])
+        again, first = equal_rows(keys if len(here) == len(keys) else keys[here])
         at[here[again]] = here[first]
         return cls(origin, at)
 
@@ -189,7 +199,7 @@ class Plan:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows that are copied of the version before, equal to an earlier one, and encoded."""
+        """Rows that are copied, equal to an earlier one, and encoded."""
         n_here, n_encoded = int((self.origin == HERE).sum()), int(self.is_encoded.sum())
         return {"copied": len(self.at) - n_here, "equal": n_here - n_encoded, "encoded": n_encoded}
 
@@ -220,7 +230,7 @@ class Matrices:
 
     Args:
         folder: the artefact's.
-        known: rows of the version before.
+        known: rows of the version before; what is made here is added to them.
     """
 
     def __init__(self, folder: Path, known: Known) -> None:
@@ -236,7 +246,7 @@ class Matrices:
         keys, lengths = row_keys(texts(), key_of_encoder(job, model_hash))
         plan = Plan.of(keys, self.known)
         shards = None
-        if not self._is_whole(name, keys, job.dim):
+        if not self._is_whole(name, keys):
             is_encoded = plan.is_encoded
             wanted = hashlib.blake2b(keys[is_encoded], digest_size=8).hexdigest()
             folder = self.folder / f"shards-{name.replace('/', '-')}-{wanted}"
@@ -249,30 +259,59 @@ class Matrices:
         Returns:
             NAME.npy, memory-mapped, float32 (n, dim).
         """
-        file, keys_file = self._files(planned.name)
+        *names, note = files_of(planned.name)
+        rows, keys, flags = (self.folder / name for name in names)
         if planned.shards is not None:
             _encode(planned, planned.shards, engine)
-            _put_together(file, planned.plan, self.known, planned.shards)
-            write_json(self._seen_file(planned.name), planned.shards.seen()._asdict())
-            _put(keys_file, planned.keys)  # the last: the matrix is whole where its keys are
-            shutil.rmtree(planned.shards.folder)
-        return mapped(file)
+            _put_together(rows, flags, planned.plan, self.known, planned.shards)
+            _put(keys, planned.keys)
+            write_json(self.folder / note, {name: sha256(self.folder / name) for name in names})
+            shutil.rmtree(planned.shards.folder)  # behind the note: a killed run finds the one or the other
+        made = Matrix(mapped(keys), mapped(rows), mapped(flags))
+        self.known.add(made)
+        return made.rows
 
     def seen(self, name: str) -> dict[str, int]:
-        """What the model saw of the texts that were encoded for NAME.npy: the names of `shards.Seen`."""
-        return json.loads(self._seen_file(name).read_text(encoding="utf-8"))
+        """What was seen of the texts of all rows of NAME.npy, copied ones included: as `counted`."""
+        return counted(mapped(self.folder / files_of(name)[2]))
 
-    def _seen_file(self, name: str) -> Path:
-        return self.folder / f"seen-{name.replace('/', '-')}.json"
-
-    def _files(self, name: str) -> tuple[Path, Path]:
-        return self.folder / f"{name}.npy", self.folder / KEYS / f"{name.replace('/', '-')}.npy"
-
-    def _is_whole(self, name: str, keys: np.ndarray, dim: int) -> bool:
-        file, keys_file = self._files(name)
-        if not file.exists() or not keys_file.exists():
+    def _is_whole(self, name: str, keys: np.ndarray) -> bool:
+        """Whether an earlier attempt has made this very matrix."""
+        *_, note = files_of(name)
+        hashes = noted(self.folder / note)
+        if hashes is None:
             return False
-        return mapped(file).shape == (len(keys), dim) and np.array_equal(mapped(keys_file), keys)
+        damaged = damaged_file(self.folder, hashes)
+        if damaged is not None:
+            print(f"encode: {damaged}: damaged, its rows are made again", file=sys.stderr)
+            return False
+        return np.array_equal(mapped(self.folder / files_of(name)[1]), keys)
+
+
+def counted(flags: np.ndarray) -> dict[str, int]:
+    """What was seen of some texts.
+
+    Args:
+        flags: uint8 (n,).
+
+    Returns:
+        cut: texts that are longer than max_seq_length; unknown_only: texts without one token that the model
+        knows; of: texts that were looked at, which those are not that the library tokenised.
+    """
+    found = {"cut": flags & CUT, "unknown_only": flags & UNKNOWN, "of": ~flags & UNSEEN}
+    return {name: int(np.count_nonzero(of_texts)) for name, of_texts in found.items()}
+
+
+def start_fresh(folder: Path) -> None:
+    """Let go of what a half-done folder holds, because rows may be copies; shards are none, and stay."""
+    if (folder / FRESH).exists():  # an attempt that copied nothing either
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.name.startswith("shards-"):
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+    (folder / FRESH).touch()
 
 
 def _encode(planned: Planned, shards: Shards, engine: Engine) -> None:
@@ -297,19 +336,24 @@ def _encode(planned: Planned, shards: Shards, engine: Engine) -> None:
         )
 
 
-def _put_together(file: Path, plan: Plan, known: Known, shards: Shards) -> None:
-    """The matrix from copied, encoded and equal rows."""
-    matrix = _allocated(file, (len(plan.at), shards.dim), np.float32)
-    for number, rows in enumerate(known.rows):
+def _put_together(rows_file: Path, flags_file: Path, plan: Plan, known: Known, shards: Shards) -> None:
+    """The matrix and its flags from copied, encoded and equal rows."""
+    matrix = _allocated(rows_file, (len(plan.at), shards.dim), np.float32)
+    flags = np.empty(len(plan.at), np.uint8)
+    for number, copied in enumerate(known.matrices):
         for block in _blocks(np.flatnonzero(plan.origin == number)):
-            matrix[block] = rows[plan.at[block]]
+            matrix[block] = copied.rows[plan.at[block]]
+            flags[block] = copied.flags[plan.at[block]]
     encoded, start = np.flatnonzero(plan.is_encoded), 0
     for number, n in enumerate(shards.n_rows):
-        matrix[encoded[start : start + n]] = shards.read(number)
+        shard, rows = shards.encoded(number), encoded[start : start + n]
+        matrix[rows], flags[rows] = shard.rows, shard.flags
         start += n
     for block in _blocks(np.flatnonzero((plan.origin == HERE) & ~plan.is_encoded)):
         matrix[block] = matrix[plan.at[block]]
-    _finish(file, matrix)
+        flags[block] = flags[plan.at[block]]
+    _finish(rows_file, matrix)
+    _put(flags_file, flags)
 
 
 def _put(file: Path, values: np.ndarray) -> None:

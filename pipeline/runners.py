@@ -24,8 +24,12 @@ DEFAULT_RUNNER = "FnApiRunner"  # DirectRunner first fetches a binary from the n
 DASK_RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
 MAX_THREADS = 8  # of the default runner; each holds a bucket or a piece of a log in memory
 CORES_A_PROCESS = 8  # that encode: more threads wait for Python's lock, more processes hold more models
-QUIET_WORKER = """
-import logging, sys
+PR_SET_PDEATHSIG = 1  # prctl, <linux/prctl.h>
+# It ends when its driver is killed, rather than say by tracebacks that nobody answers it any more.
+QUIET_WORKER = f"""
+import ctypes, logging, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, signal.SIGKILL)
 logging.disable()
 from apache_beam.runners.worker import sdk_worker_main
 sdk_worker_main.main(sys.argv)
@@ -101,7 +105,8 @@ def on_processes(n: int) -> Options:
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-    command = shlex.join([sys.executable, "-W", "ignore", "-c", QUIET_WORKER])
+    # Beam gives it to a shell; exec puts the worker in the shell's place, so that the driver is its parent.
+    command = "exec " + shlex.join([sys.executable, "-W", "ignore", "-c", QUIET_WORKER])
     runner = FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(command))
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # of these options it says that they clash
     return Options(PipelineOptions(direct_num_workers=n), runner, max(1, n_cores() // n))

@@ -10,28 +10,32 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from pipeline.checks import first_bad_row
 from pipeline.errors import ArtifactError
-from pipeline.throughput import ignored
+from pipeline.throughput import WINDOW_CHARACTERS, ignored
 
 if TYPE_CHECKING:
     from pipeline.encoder import Encoder
     from pipeline.throughput import Window
 
 Precision = Literal["float32", "mixed", "bfloat16"]
+Texts = Callable[[], Iterable[str]]  # called more than once; gives the same texts each time
 
-MAX_CHARACTERS = 16_000_000  # of a window: its texts, its tokens and those of the next are held at once
-UNIT = 1e-3  # how far a row's length may be off 1
+NAME = re.compile(r"\d{5,}-[0-9a-f]{16}\.npy")
+ELSEWHERE = "shards-elsewhere/place.json"  # in a half-done artefact: where workers leave shards for it
+UNSEEN = 4  # beside the flags of `throughput.Window`: the library tokenised the text, nothing is known
 
 
 @dataclass(frozen=True)
@@ -65,36 +69,29 @@ class Job:
     n_done: int = 0
 
 
-class Seen(NamedTuple):
-    """What of some texts the model read.
-
-    Attributes:
-        cut: texts that are longer than its max_seq_length.
-        unknown_only: texts without one token that it knows.
-        of: texts that were looked at; none where the library tokenises.
-    """
-
-    cut: int = 0
-    unknown_only: int = 0
-    of: int = 0
-
-
-UNSEEN = Seen()
-
-
 @dataclass(frozen=True)
 class Encoded:
-    """What a worker makes of a window: float32 (n_texts, dim), and what it saw of the texts."""
+    """What a worker makes of a window.
+
+    Attributes:
+        rows: float32 (n_texts, dim).
+        flags: what was seen of each text, uint8 (n_texts,), as `throughput.Window.flags`, or UNSEEN.
+    """
 
     rows: np.ndarray
-    seen: Seen = UNSEEN
+    flags: np.ndarray
+
+    @classmethod
+    def unseen(cls, rows: np.ndarray) -> Encoded:
+        """Rows of texts that the library tokenised."""
+        return cls(rows, np.full(len(rows), UNSEEN, np.uint8))
 
 
 class Shards:
     """A folder of shards, `00012-<first 16 hex of the sha256 of its bytes>.npy`.
 
-    In each are two arrays, one behind the other: the rows, float32 (n_rows, dim), and what was seen of their
-    texts, int64 (3,). A reader of the first needs not know of the second.
+    In each are two arrays, one behind the other: the rows, float32 (n_rows, dim), and the flags of their
+    texts, uint8 (n_rows,). A reader of the first needs not know of the second.
 
     Args:
         folder: is made where it is not there.
@@ -106,6 +103,7 @@ class Shards:
         self.folder = folder
         self.n_rows = list(n_rows)
         self.dim = dim
+        self._first: Callable[[Encoded], object] = ignored
         folder.mkdir(parents=True, exist_ok=True)
         self._files = dict(self._found())
 
@@ -134,24 +132,29 @@ class Shards:
             raise
         temporary.replace(file)
         self._files[number] = file
+        if number == 0:
+            self._first(self.encoded(0))
+
+    def watch_first(self, look: Callable[[Encoded], object]) -> None:
+        """Have shard 0 looked at as soon as it is there: by what is wrong with it, all may be refused."""
+        self._first = look
+        if 0 in self._files:
+            look(self.encoded(0))
 
     def read(self, number: int) -> np.ndarray:
         """The rows of a shard that is there, float32 (n_rows, dim)."""
         return np.load(self._files[number])
 
-    def seen(self) -> Seen:
-        """What was seen of the texts of all shards that are there."""
-        counts = np.zeros(len(Seen._fields), np.int64)
-        for path in self._files.values():
-            with path.open("rb") as file:
-                for _ in range(2):  # the second array is behind the rows
-                    array = np.load(file)
-            counts += array
-        return Seen(*map(int, counts))
+    def encoded(self, number: int) -> Encoded:
+        """The same with the flags of its texts."""
+        with self._files[number].open("rb") as file:
+            return Encoded(np.load(file), np.load(file))
 
     def _found(self) -> Iterator[tuple[int, Path]]:
         """The shards that an earlier attempt left; a damaged one is said and removed."""
-        for file in sorted(self.folder.glob("*-*.npy")):
+        for file in sorted(self.folder.glob("*.npy")):
+            if not NAME.fullmatch(file.name):
+                continue  # none of ours
             number, content = int(file.name.partition("-")[0]), file.read_bytes()
             if file.name == name_of(number, content) and self._fits(number, content):
                 yield number, file
@@ -169,29 +172,27 @@ class Shards:
 
     def _fits(self, number: int, content: bytes) -> bool:
         """Whether a file's bytes, known to be whole, are this shard's."""
-        rows = np.load(io.BytesIO(content))
-        wanted = (self.n_rows[number], self.dim) if number < len(self.n_rows) else None
-        return rows.shape == wanted and rows.dtype == np.float32
+        if number >= len(self.n_rows):
+            return False
+        n_rows, opened = self.n_rows[number], io.BytesIO(content)
+        rows = np.load(opened)
+        fits = rows.shape == (n_rows, self.dim) and rows.dtype == np.float32
+        return fits and np.load(opened).shape == (n_rows,)
 
 
 # Encodes windows, (number of the shard, its texts), into shards; those that are missing and no others come.
 Engine = Callable[[Job, Iterable[tuple[int, list[str]]], Shards], None]
 
 # write(NAME, texts, job, model_hash) -> NAME.npy, memory-mapped float32 (n, dim), row i of text i. Rows whose
-# texts this model encoded last time are copied, equal texts are encoded once, and a killed run goes on behind
-# its last shard. `texts` is called more than once, and gives the same texts each time, one after the other.
-# Of `job` title, n_texts and n_done are set by write. The model is opened only where something must be
-# encoded. NAME may have a "/" in it; its folder is made.
-Write = Callable[[str, Callable[[], Iterable[str]], Job, str], np.ndarray]
-
-
-def name(number: int, encoded: Encoded) -> str:
-    """A shard's file name: the same wherever its rows were made."""
-    return name_of(number, npy(encoded))
+# texts this model encoded last time, or for a matrix that this run wrote before, are copied; equal texts are
+# encoded once, and a killed run goes on behind its last shard. Of `job` n_texts and n_done are set by write.
+# The model is opened only where something must be encoded. NAME may have a "/" in it; its folder is made, and
+# `reuse.files_of` tells what is written.
+Write = Callable[[str, Texts, Job, str], np.ndarray]
 
 
 def name_of(number: int, content: bytes) -> str:
-    """The same from the file's bytes."""
+    """A shard's file name, of the file's bytes: the same wherever its rows were made."""
     return f"{number:05}-{hashlib.sha256(content).hexdigest()[:16]}.npy"
 
 
@@ -199,11 +200,11 @@ def npy(encoded: Encoded) -> bytes:
     """A shard as the bytes of its file."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(encoded.rows, np.float32))
-    np.save(buffer, np.array(encoded.seen, np.int64))
+    np.save(buffer, np.ascontiguousarray(encoded.flags, np.uint8))
     return buffer.getvalue()
 
 
-def sizes(lengths: np.ndarray, n_texts: int, n_characters: int = MAX_CHARACTERS) -> list[int]:
+def sizes(lengths: np.ndarray, n_texts: int, n_characters: int = WINDOW_CHARACTERS) -> list[int]:
     """How many texts each window takes: at most `n_texts`, and at most `n_characters` in all, but one.
 
     Args:
@@ -300,7 +301,7 @@ def encoded_windows(
         ArtifactError: as `encode_shard`.
     """
     under_way: deque[tuple[int, list[str]]] = deque()
-    seen: deque[Seen] = deque()
+    flags: deque[np.ndarray] = deque()
 
     def texts() -> Iterator[list[str]]:
         for window in windows:
@@ -308,11 +309,12 @@ def encoded_windows(
             yield window[1]
 
     def see(window: Window) -> None:
-        seen.append(Seen(window.n_cut, window.n_unknown, len(window.texts)))
+        flags.append(window.flags)
 
     for rows in encoder.windows(texts(), job.task, see, done):
         number, of = under_way.popleft()
-        yield number, Encoded(checked(job, of, rows), seen.popleft() if seen else UNSEEN)
+        rows = checked(job, of, rows)
+        yield number, Encoded(rows, flags.popleft()) if flags else Encoded.unseen(rows)
 
 
 def in_process(job: Job, windows: Iterable[tuple[int, list[str]]], shards: Shards) -> None:
@@ -341,12 +343,10 @@ def checked(job: Job, texts: Sequence[str], rows: np.ndarray) -> np.ndarray:
             f"{job.model} gave vectors of shape {rows.shape} for {len(texts)} texts; encode.dim = {job.dim} "
             f"needs ({len(texts)}, {job.dim})"
         )
-    lengths = np.linalg.norm(rows, axis=1)
-    bad = np.flatnonzero(~(np.abs(lengths - 1) < UNIT))  # NaN is caught too
-    if len(bad):
+    bad = first_bad_row(rows)
+    if bad is not None:
         raise ArtifactError(
-            f"{job.model} gave a vector of length {lengths[bad[0]]:.3f}, wanted 1, to the text "
-            f"{texts[bad[0]][:80]!r}, and {len(bad) - 1} more of {len(texts)}: the model is damaged, or "
-            f"{job.precision} is no precision for it"
+            f"{job.model}: the vector of the text {texts[bad[0]][:80]!r} {bad[1]}, wanted unit length: the "
+            f"model is damaged, or {job.precision} is no precision for it"
         )
     return rows

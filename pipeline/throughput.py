@@ -27,7 +27,8 @@ Task = Literal["query", "document"]
 
 WINDOW = 4096  # texts that are sorted together: in more of them more are of one length
 WINDOW_CHARACTERS = 16_000_000  # of a window, so that texts of a megabyte do not fill the memory
-LETTERS_A_TOKEN = 100  # at most, on average: WordPiece takes a longer word for one unknown token
+LETTERS_A_TOKEN = 100  # that are tried first, far more than a token has as a rule
+MORE_LETTERS = 8  # times as many, where they do not fill the model
 NO_LIMIT = 1 << 40
 TOKENISED_CHARACTERS = 1_000_000  # at once: until it is cut, a tokenised text takes 50 bytes a character
 WORD_START = "\u2581"  # a token of SentencePiece's vocabularies; alone it says nothing of a text
@@ -36,6 +37,7 @@ CPU_TOKENS = 2048  # 1,024 to 4,096 cost the same; fewer pay for each call, more
 CUDA_TOKENS = 32_768
 CUDA_STREAMS = 2  # one is computed while the other's rows come back and its next batch is sent
 CUDA_MULTIPLE = 8  # widths that tensor cores take whole
+CUT, UNKNOWN = 1, 2  # of `Window.flags`
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,9 @@ class Window:
     given: dict[str, Any]
 
     @property
-    def n_cut(self) -> int:
-        """How many of the given texts the model reads only the beginning of."""
-        return int(self.is_cut[self.texts].sum())
-
-    @property
-    def n_unknown(self) -> int:
-        """How many of the given texts the model knows no token of."""
-        return int(self.is_unknown[self.texts].sum())
+    def flags(self) -> np.ndarray:
+        """What was seen of each given text: CUT, UNKNOWN, both (3) or neither (0), uint8 (n_texts,)."""
+        return (self.is_cut * np.uint8(CUT) + self.is_unknown * np.uint8(UNKNOWN))[self.texts]
 
 
 def schedule_of(model: SentenceTransformer) -> Schedule:
@@ -223,28 +220,18 @@ class _Part:
     given: dict[str, Any]
 
 
-def readable(text: str, n_tokens: int) -> str:
-    """The beginning of a text of which `n_tokens` tokens are read, and a good deal more: whole words.
-
-    Tokenising a text of 16 million letters takes gigabytes and minutes, for its first 256 tokens.
-    """
-    limit = n_tokens * LETTERS_A_TOKEN
-    if len(text) <= limit:
+def beginning(text: str, n_letters: int) -> str:
+    """The whole words among a text's first letters, as they stand; all of it where there is but one."""
+    if len(text) <= n_letters:
         return text
-    text = " ".join(text.split())  # else a run of spaces could hide what follows it
-    end = text.find(" ", limit, limit + LETTERS_A_TOKEN)
-    return text[: end if end >= 0 else limit]
+    words_and_last = text[:n_letters].rsplit(maxsplit=1)  # the last one may be cut
+    return words_and_last[0] if len(words_and_last) == 2 else text
 
 
 def _tokenised(model: SentenceTransformer, texts: list[str], task: Task, prompt: str | None) -> _Part:
-    n_tokens = model.max_seq_length or NO_LIMIT
-    features: Any = model.preprocess(
-        [readable(text, n_tokens) for text in texts],
-        prompt=prompt,
-        task=task,
-        processing_kwargs={"text": {"padding": False}, "common": {"return_tensors": None}},
-    )
-    names = [name for name in _text_module(model, task).tokenizer.model_input_names if name in features]
+    tokenizer = _text_module(model, task).tokenizer
+    features = _features(model, texts, task, prompt)
+    names = [name for name in tokenizer.model_input_names if name in features]
     lengths = np.fromiter(map(len, features["input_ids"]), np.int64, len(texts))
     tokens = {
         name: np.fromiter(itertools.chain.from_iterable(features[name]), np.int64, int(lengths.sum()))
@@ -252,8 +239,40 @@ def _tokenised(model: SentenceTransformer, texts: list[str], task: Task, prompt:
     }
     is_cut = np.zeros(len(texts), bool)
     for row in np.flatnonzero(lengths == lengths.max()):  # what is cut is as long as texts can be
-        is_cut[row] = bool(features.encodings[row].overflowing)
+        is_cut[row] = _is_cut(features, int(row))
     return _Part(tokens, lengths, is_cut, {k: v for k, v in features.items() if k not in names})
+
+
+def _features(model: SentenceTransformer, texts: list[str], task: Task, prompt: str | None) -> Any:
+    """The tokens that the model reads of each text, without tokenising much more of it.
+
+    Tokenising a text of 16 million letters takes gigabytes and minutes, for its first 256 tokens. So its
+    beginning is tokenised, and more of it until the model is full or the text at its end: a thousand spaces,
+    or letters that the tokenizer drops, may be no token at all.
+    """
+
+    def read(texts: list[str]) -> Any:
+        return model.preprocess(
+            texts,
+            prompt=prompt,
+            task=task,
+            processing_kwargs={"text": {"padding": False}, "common": {"return_tensors": None}},
+        )
+
+    keeps_beginning = _text_module(model, task).tokenizer.truncation_side == "right"
+    n_tokens = model.max_seq_length if keeps_beginning and model.max_seq_length else NO_LIMIT
+    n_letters = n_tokens * LETTERS_A_TOKEN
+    while True:
+        begun = [beginning(text, n_letters) for text in texts]
+        features = read(begun)
+        if all(len(begun[n]) == len(text) or _is_cut(features, n) for n, text in enumerate(texts)):
+            return features
+        n_letters *= MORE_LETTERS
+
+
+def _is_cut(features: Any, row: int) -> bool:
+    """Whether the tokenizer gave fewer tokens of a text than it found."""
+    return bool(features.encodings[row].overflowing)
 
 
 def _known(tokenizer: Any, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -270,7 +289,7 @@ def _known(tokenizer: Any, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def _known_of_prompt(tokenizer: Any, prompt: str | None) -> int:
     if not prompt:
         return 0
-    ids = np.array(tokenizer(prompt, add_special_tokens=False)["input_ids"], np.int64)
+    ids = np.array(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
     return int(_known(tokenizer, ids, np.array([len(ids)]))[0])
 
 

@@ -60,7 +60,7 @@ def run(config: TrainConfig, pairs: Pairs, out: Path, dim: int) -> Model:
         InputError: the model cannot be loaded.
         PipelineError: the loss is not a number.
     """
-    model = load(config, dim)
+    model, commit = load(config, dim), commit_of(config)
     n_characters = characters_read(model.max_seq_length)
     tables = datasets_of(config, pairs, n_characters) if config.epochs > 0 else {}
     trim = trimmed(config, model, pairs, tables)
@@ -78,7 +78,7 @@ def run(config: TrainConfig, pairs: Pairs, out: Path, dim: int) -> Model:
             print(f"train: train.learning_curve is left out: {why}", file=sys.stderr)
         curve = fine_tune(model, config, tables, judges[1] if judges else None, scratch) if tables else []
         draft.rows["pairs"] = sum(count_pairs(config, tables).values())
-        draft.facts |= _facts(config, model, pairs, tables, curve) | {"trim": trim}
+        draft.facts |= _facts(config, model, pairs, tables, curve) | {"commit": commit, "trim": trim}
         if processes.is_first():
             _save(model, draft, curve, pairs.facts.get("description") or "", config)
         if judges and config.learning_curve:
@@ -109,6 +109,16 @@ def load(config: TrainConfig, dim: int) -> SentenceTransformer:
         )
     model.similarity_fn_name = SIMILARITIES[config.main_similarity]
     return model
+
+
+def commit_of(config: TrainConfig) -> str | None:
+    """The commit of a hub's model that `revision`, or its main branch, names today; None of files given here.
+
+    The hub moves on, and what is compared with the tuned model later must be what was tuned.
+    """
+    folder = encoder.locate(config.model, config.revision)  # of a hub's model a folder of its cache
+    is_of_hub = folder.parent.name == "snapshots" and not Path(config.model).is_dir()
+    return folder.name if is_of_hub else None
 
 
 def trimmed(
@@ -171,6 +181,7 @@ def _facts(
         "max_seq_length": config.max_seq_length,
         "prompts": {kind: model.prompts.get(kind) or "" for kind in ("query", "document")},
         "trained": bool(tables),
+        "trained_until": pairs.facts.get("dev_start") if tables else None,
         "loss": config.loss,
         "sources": _sources(config, pairs, tables),
         "best_by": config.best_by,

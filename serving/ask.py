@@ -168,7 +168,7 @@ def _table(found: Found, documents: list[dict[str, Any]], k: int | None = None) 
     headers = ["rank", "score", "document_id", "title"] + ["passage"] * has_passages
     width = TITLE_WIDTH // 2 if has_passages else TITLE_WIDTH
     lines = [
-        [str(rank), f"{score:.4f}", str(document["document_id"]), title(document, width)]
+        [str(rank), f"{score:.4f}", _on_a_line(document["document_id"], width), title(document, width)]
         + [_on_a_line(document["text"], width)] * has_passages
         for rank, (score, document) in enumerate(matches[:k], start=1)
     ]
@@ -177,8 +177,9 @@ def _table(found: Found, documents: list[dict[str, Any]], k: int | None = None) 
 
 
 def _no_match(score: float, document: dict[str, Any]) -> str:
+    nearest = _on_a_line(document["document_id"], TITLE_WIDTH)
     return (
-        f"no match: the nearest, {document['document_id']}, scores {score:.4f}, and its threshold is "
+        f"no match: the nearest, {nearest}, scores {score:.4f}, and its threshold is "
         f"{document['threshold']:.4f}"
     )
 
@@ -189,4 +190,9 @@ def title(document: dict[str, Any], width: int = TITLE_WIDTH) -> str:
 
 
 def _on_a_line(text: str, width: int) -> str:
-    return shorten(" ".join(text.split()), width, placeholder=" …")
+    """A text as a terminal shows it in one line: its control and direction marks could write elsewhere."""
+    words = " ".join(text.split())
+    shown = "".join(letter for letter in words if letter.isprintable())
+    if len(shown) > width and " " not in shown[:width]:
+        return f"{shown[: width - 1]}…"  # `shorten` would leave out the one word that there is
+    return shorten(shown, width, placeholder=" …")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import artifacts
 from pipeline.artifacts import Index, Pairs, belong_together, is_complete, key_of, writing
 from pipeline.errors import ArtifactError
 
@@ -83,6 +84,56 @@ def test_a_swap_cut_with_nothing_new_complete_goes_back_to_the_old(tmp_path):
     assert (Pairs.open(out).path / "a.txt").read_text() == "old"
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"pairs"'])
+def test_a_damaged_manifest_is_said(tmp_path, content):
+    out = write(tmp_path / "pairs", "x").path
+    (out / "manifest.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged: run stage pairs --force"):
+        Pairs.open(out)
+
+
+def write_with_notes(out: Path) -> Pairs:
+    """What saves work, and what a later attempt cannot do without, are left beside the result."""
+    with writing(
+        Pairs, out, config={}, inputs=[], scratch=["scratch-*", "**/.*.tmp"], notes=["chosen.json"]
+    ) as draft:
+        if not (draft.folder / "chosen.json").exists():
+            (draft.folder / "chosen.json").write_text("drawn by chance: " + os.urandom(8).hex())
+        (draft.folder / "scratch-1").mkdir(exist_ok=True)
+        (draft.folder / "scratch-1" / "part").write_text("hours of work")
+        (draft.folder / ".a.tmp").write_text("half")
+        (draft.folder / "a.txt").write_text("x")
+    return Pairs.open(out)
+
+
+def test_scratch_is_gone_notes_stay_and_neither_is_part_of_the_result(tmp_path):
+    one, other = write_with_notes(tmp_path / "one"), write_with_notes(tmp_path / "other")
+    assert list(one.manifest["files"]) == ["a.txt"]
+    assert one.digest == other.digest
+    assert sorted(p.name for p in one.path.iterdir()) == ["a.txt", "chosen.json", "manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("at", "has_scratch"), [("file_hashes", True), ("write_json", True), ("_swap", False)]
+)
+def test_a_kill_at_the_end_leaves_what_a_later_attempt_needs(tmp_path, monkeypatch, at, has_scratch):
+    """No `finally` may be needed: what is there at the moment of the kill is what the next attempt finds."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_with_notes(tmp_path / "pairs")
+    (folder,) = tmp_path.glob(".pairs.partial-*")
+    chosen = (folder / "chosen.json").read_text()
+    assert (folder / "a.txt").exists()
+    assert (folder / "scratch-1" / "part").exists() == has_scratch
+    again = write_with_notes(tmp_path / "pairs")
+    assert (again.path / "chosen.json").read_text() == chosen
+
+
 def test_a_missing_artefact_says_which_stage_to_run(tmp_path):
     with pytest.raises(ArtifactError, match=r"no manifest\.json: run stage index first"):
         Index.open(tmp_path / "index")
@@ -94,7 +145,7 @@ def test_another_kind_and_an_unknown_format_are_refused(tmp_path):
         Index.open(out)
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(ArtifactError, match="has format 99, this code reads format 2"):
+    with pytest.raises(ArtifactError, match=f"has format 99, this code reads format {Pairs.format}"):
         Pairs.open(out)
 
 

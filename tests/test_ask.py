@@ -71,6 +71,13 @@ def publish(
     return PublishedVersion(folder / "models" / "index", version)
 
 
+def test_a_document_cannot_write_elsewhere_on_the_terminal():
+    assert title({"title": "ship \u202e\x1b[31m red\nbelow"}) == "ship [31m red below"
+    assert title({"title": "x" * 100}) == "x" * 71 + "…"
+    shown = _table(Found([0.5], [0]), [{"document_id": "a\nb\x07", "title": "t", "text": "t"}])
+    assert "a b  " in shown.splitlines()[-1]
+
+
 @pytest.mark.parametrize("row_group_size", [1, 2, 100])
 def test_rows_become_documents_in_the_order_found(tmp_path, row_group_size):
     version = publish(tmp_path, row_group_size=row_group_size)

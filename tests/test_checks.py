@@ -95,7 +95,8 @@ def test_equal_keys_with_different_rows_are_refused_and_both_are_named():
     rows = unit_rows(6)
     rows[5] = rows[2]
     # "x" stands at 1, 3 and 4, "y" at 2 and 5
-    with pytest.raises(ArtifactError, match=r"rows 1 \(document_id id-1\) and 3 \(.*id-3\).*\(2 such rows\)"):
+    said = r"rows 1 \(document_id id-1\) and 3 \(.*id-3\).*\(2 such rows\).*run stage encode --force"
+    with pytest.raises(ArtifactError, match=said):
         check(rows, keys_of("a", "x", "y", "x", "x", "y"), DIM, DIFFERENT, ids)
 
 
@@ -103,20 +104,20 @@ def test_equal_keys_with_different_rows_are_found_in_any_block(monkeypatch):
     monkeypatch.setattr(checks, "BLOCK_BYTES", DIM * 4)
     rows = np.repeat(unit_rows(1), 5, axis=0)
     rows[4] = unit_rows(1, seed=1)
-    with pytest.raises(ArtifactError, match=r"rows 3 .* and 4 .*\(1 such rows\)"):
+    with pytest.raises(ArtifactError, match=r"rows 0 .* and 4 .*\(1 such rows\)"):
         check(rows, keys_of(*"xxxxx"), DIM, 1.0, ids)
 
 
 def test_keys_that_differ_in_either_half_are_different():
-    keys = keys_of("left", "left    right", "other   right", "left", "left    right")
-    again, before = equal_rows(keys)
-    assert sorted(zip(before.tolist(), again.tolist(), strict=True)) == [(0, 3), (1, 4)]
+    keys = keys_of("left", "left    right", "other   right", "left", "left    right", "left")
+    again, first = equal_rows(keys)
+    assert sorted(zip(first.tolist(), again.tolist(), strict=True)) == [(0, 3), (0, 5), (1, 4)]
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_no_row_is_equal_to_none(n):
-    again, before = equal_rows(np.zeros((n, 16), np.uint8))
-    assert again.tolist() == before.tolist() == []
+    again, first = equal_rows(np.zeros((n, 16), np.uint8))
+    assert again.tolist() == first.tolist() == []
 
 
 def test_the_mean_cosine_is_that_of_all_pairs():
@@ -144,6 +145,14 @@ def test_a_collapsed_model_is_refused():
     said = r"a cosine of 0\.9[89]\d on average, wanted at most encode\.max_mean_cosine = 0\.95"
     with pytest.raises(ArtifactError, match=said):
         check(around_one_direction(0.99), keys_of(*range(500)), 64, DIFFERENT, ids)
+
+
+@pytest.mark.parametrize(("n_unknown", "is_why"), [(12, True), (6, True), (5, False)])
+def test_where_the_model_knows_no_token_the_message_says_that_first(n_unknown, is_why):
+    rows, keys = around_one_direction(0.99)[:12], keys_of(*range(12))
+    said = f"^the model knows no token of {n_unknown} of 12 texts; embeddings" if is_why else "^embeddings"
+    with pytest.raises(ArtifactError, match=said):
+        check(rows, keys, 64, DIFFERENT, ids, n_unknown)
 
 
 @pytest.mark.parametrize(("n", "is_refused"), [(9, False), (10, True)])

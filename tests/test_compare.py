@@ -298,7 +298,7 @@ train:
   device: cpu
   precision: float32
   evaluations: 1
-encode: {{dim: 32, device: cpu, precision: float32}}
+encode: {{dim: 32, device: cpu, precision: float32, max_mean_cosine: 1.0}}
 evaluate: {{n_draws: 100, n_examples: 1}}
 """,
         encoding="utf-8",

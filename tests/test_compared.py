@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import training_parts
 
-from pipeline import compared, config, shards
+from pipeline import compared, config, shards, train
 from pipeline.artifacts import Model, Pairs, writing
 from pipeline.errors import ArtifactError, InputError
 from pipeline.reuse import Known, Matrices
@@ -240,6 +241,7 @@ class Axes:
         self.trained_with = trained_with
         self.prompts = NO_PROMPTS
         self.written: list[str] = []
+        self.jobs: dict[str, Job] = {}
 
     def write(self, name, texts, job, model_hash) -> np.ndarray:
         rows = np.eye(N, dtype=np.float32)[[int(text) for text in texts()]]
@@ -250,24 +252,32 @@ class Axes:
             file.parent.mkdir(exist_ok=True)
             np.save(file, rows)
         self.written.append(name)
+        self.jobs[name] = job
         return rows
 
 
 def write_untuned(
-    monkeypatch, folder: Path, axes: Axes, prompts=TUNED_WITH, dev=((3, -1, 3), (4, 5, 4)), before=None
+    monkeypatch,
+    folder: Path,
+    axes: Axes,
+    prompts=TUNED_WITH,
+    dev=((3, -1, 3), (4, 5, 4)),
+    before=None,
+    settings=SETTINGS,
+    **more: Any,
 ) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     facts = {"trained": True, "base_model": "m", "revision": None, "max_seq_length": None, "prompts": prompts}
     monkeypatch.setattr(shards, "opened", lambda job: axes)
-    monkeypatch.setattr(compared.encoder, "digest", lambda name, revision: f"hash of {name}")
+    monkeypatch.setattr(compared.encoder, "digest", lambda name, revision: f"hash of {name} at {revision}")
     numbers = [str(n) for n in range(N)]
     pool = compared.Pool(np.arange(N, dtype=np.int32), np.ones(N, np.int32))
     given = compared.Compared(
         N, lambda: numbers, pool, lambda: numbers, None, np.array(dev, np.int64).reshape(-1, 3)
     )
-    tuned = compared.Contender(Job("tuned", N), "hash of tuned", axes.write)
-    model: Any = SimpleNamespace(facts=facts)
-    return compared._write_untuned(folder, model, tuned, given, before or {})
+    tuned = compared.Contender(Job("tuned", N, precision="bfloat16"), "hash of tuned", axes.write)
+    model: Any = SimpleNamespace(facts=facts | more)
+    return compared._write_untuned(model, tuned, given, settings, before or {})
 
 
 @pytest.mark.parametrize(
@@ -309,7 +319,9 @@ def test_behind_other_prefixes_the_choice_is_made_anew(tmp_path, monkeypatch):
     facts = write_untuned(monkeypatch, tmp_path, again, {"query": "ask: ", "document": ""}, before=before)
     assert facts["untuned_on_dev"] == {"as_given": 0.0, "prefixed": 0.0}
     assert facts["untuned_prompts"] == NO_PROMPTS  # of equal ones the folder's own
-    assert len(again.written) == 4
+    assert {name.partition("/")[0] for name in again.written} == {
+        "untuned-as_given", "untuned-prefixed", "untuned",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -321,8 +333,96 @@ def test_without_a_choice_the_untuned_model_is_encoded_once_as_it_was_given(
 ):
     axes = Axes(tmp_path, "")
     facts = write_untuned(monkeypatch, tmp_path, axes, prompts, dev)
-    assert facts == {"untuned_prompts": NO_PROMPTS}
+    assert facts == {"untuned_prompts": NO_PROMPTS, "precision_untuned": "float32"}
     assert axes.written == ["untuned/documents", "untuned/queries"]
+
+
+@pytest.mark.parametrize(("guard_sample", "precision"), [(104, "float32"), (100, "bfloat16")])
+def test_few_documents_are_encoded_by_the_untuned_model_as_no_guard_need_judge(
+    tmp_path, monkeypatch, guard_sample, precision
+):
+    monkeypatch.setattr(compared, "WORTH", 1 / 4)  # 25 rows are a quarter of 100
+    axes, settings = Axes(tmp_path, ""), replace(SETTINGS, guard_sample=guard_sample)
+    facts = write_untuned(monkeypatch, tmp_path, axes, settings=settings)
+    assert facts["precision_untuned"] == precision
+    for way in ("untuned", "untuned-as_given", "untuned-prefixed"):
+        assert axes.jobs[f"{way}/documents"].precision == precision
+        assert axes.jobs[f"{way}/queries"].precision == "float32"
+
+
+@pytest.mark.parametrize(("commit", "revision"), [("0f1e2d", "0f1e2d"), (None, "v2")])
+def test_the_untuned_model_is_what_was_tuned_wherever_its_branch_is_now(
+    tmp_path, monkeypatch, commit, revision
+):
+    hashes = []
+
+    def write(name, texts, job, model_hash):
+        hashes.append(model_hash)
+        return Axes.write(axes, name, texts, job, model_hash)
+
+    axes = Axes(tmp_path, "")
+    monkeypatch.setattr(axes, "write", write)
+    write_untuned(monkeypatch, tmp_path, axes, revision="v2", commit=commit)
+    assert {job.revision for job in axes.jobs.values()} == {revision}
+    assert set(hashes) == {f"hash of m at {revision}"}
+
+
+@pytest.mark.parametrize(
+    ("model", "found", "commit"),
+    [
+        ("owner/name", "hub/models--owner--name/snapshots/0f1e2d", "0f1e2d"),
+        ("package:name", "site-packages/name", None),
+        ("snapshots/0f1e2d", "snapshots/0f1e2d", None),  # a folder of the cache, given as a folder
+    ],
+)
+def test_what_a_hubs_branch_named_when_it_was_tuned_is_kept(tmp_path, monkeypatch, model, found, commit):
+    folder = tmp_path / found
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.encoder, "locate", lambda name, revision: folder)
+    assert train.commit_of(config.TrainConfig(model=model)) == commit
+
+
+@pytest.mark.slow
+def test_the_trained_model_names_the_commit_of_its_base(tmp_path, monkeypatch, tiny_model):
+    folder = tmp_path / "hub" / "snapshots" / "0f1e2d"
+    shutil.copytree(tiny_model, folder)
+    monkeypatch.setattr(train.encoder, "locate", lambda name, revision=None: folder)
+    pairs = training_parts.make_pairs(tmp_path / "pairs")
+    made = train.run(training_parts.settings("owner/name", epochs=0), pairs, tmp_path / "model", dim=32)
+    assert (made.facts["base_model"], made.facts["commit"]) == ("owner/name", "0f1e2d")
+
+
+# --- At which precision the published model is compared -----------------------------------------------
+
+
+def publish(folder: Path, version: str, encoder: str, report: dict[str, Any]) -> None:
+    extra = folder / "models" / "index" / version / "assets.extra"
+    extra.mkdir(parents=True)
+    (extra / "manifest.json").write_text(json.dumps({"encoder_sha256": encoder}))
+    (extra / "report.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize(
+    ("has_bfloat16", "tuned", "found"),
+    [(True, "float32", "mixed"), (False, "float32", "float32"), (False, "mixed", "mixed")],
+)
+def test_the_published_model_is_compared_as_its_newest_version_is_served(
+    tmp_path, monkeypatch, has_bfloat16, tuned, found
+):
+    monkeypatch.setattr(compared.encoder, "has_bfloat16", lambda device: has_bfloat16)
+    publish(tmp_path, "9", "abc", {"encoding": {"precision": "bfloat16"}})
+    publish(tmp_path, "10", "abc", {"encoding": {"precision": "mixed"}})
+    publish(tmp_path, "11", "another", {"encoding": {"precision": "bfloat16"}})
+    publish(tmp_path, ".staging-12", "abc", {"encoding": {"precision": "bfloat16"}})
+    job = Job("m", 32, precision=tuned, device="cpu")
+    assert compared.served_at(tmp_path / "encoders" / "abc", job) == found
+
+
+@pytest.mark.parametrize("report", [{}, {"encoding": None}, {"encoding": {"precision": "int8"}}])
+def test_where_no_version_names_its_precision_the_published_model_is_compared_in_float32(tmp_path, report):
+    publish(tmp_path, "9", "abc", report)
+    assert compared.served_at(tmp_path / "encoders" / "abc", Job("m", 32, precision="mixed")) == "float32"
 
 
 # --- A whole comparison, by a real model --------------------------------------------------------------
@@ -377,8 +477,9 @@ def test_an_untrained_model_is_compared_with_its_own_rows(given_pairs, given_mod
     rows, facts = compare(tmp_path / "made", given_pairs, given_model)
     assert rows == {"queries": 6, "pool": 5}
     assert facts == {
-        "untuned_prompts": NO_PROMPTS, "untuned_on_dev": None, "untuned_choice": None, "published": None,
-        "published_left_out": None,
+        "untuned_prompts": NO_PROMPTS, "untuned_on_dev": None, "untuned_choice": None,
+        "precision_untuned": "float32", "published": None, "published_left_out": None,
+        "precision_published": None,
     }  # fmt: skip
     pool = pq.read_table(tmp_path / "made" / "pool.parquet")
     assert pool["n_rows"].to_pylist() == [1] * 5
@@ -427,7 +528,7 @@ def test_a_killed_choice_is_made_again_between_the_same_vectors(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(compared, "_copy", killed)
+        patched.setattr(compared, "_write", killed)  # behind the choice
         with pytest.raises(KeyboardInterrupt):
             compare(tmp_path / "made", given_pairs, model)
     with monkeypatch.context() as patched:
@@ -450,6 +551,21 @@ def test_the_published_model_answers_the_same_queries_over_the_same_pool(
     np.testing.assert_allclose(found, encoded(published, texts), atol=1e-5)
     assert np.abs(found - np.load(tmp_path / "made" / "queries.npy")).max() > 0.01
     assert np.load(tmp_path / "made" / "published" / "documents.npy").shape == (5, 32)
+
+
+@pytest.mark.slow
+def test_the_published_models_documents_are_encoded_as_they_are_served(
+    given_pairs, given_model, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compared.encoder, "has_bfloat16", lambda device: True)
+    published = published_copy(tiny_model, tmp_path / "encoders" / "abc")
+    publish(tmp_path, "9", "abc", {"encoding": {"precision": "bfloat16"}})
+    _, facts = compare(tmp_path / "made", given_pairs, given_model, published=published)
+    assert (facts["precision_published"], facts["precision_untuned"]) == ("bfloat16", "float32")
+    rows = pq.read_table(tmp_path / "made" / "pool.parquet")["document_row"].to_pylist()
+    exact = encoded(published, [WORDS[row] for row in rows])
+    error = np.abs(np.load(tmp_path / "made" / "published" / "documents.npy") - exact).max()
+    assert 1e-4 < error < 0.05  # bfloat16 keeps eight bits
 
 
 @pytest.mark.slow

@@ -77,6 +77,7 @@ def test_a_setting_that_cannot_be_used_is_refused_by_name(tmp_path, text, messag
             r"\.columns\.rating\.below is '2'; input should be a valid number$",
         ),
         ("{columns: {rating: {below: .nan}}}", r"\.columns\.rating\.below is nan; .* finite number$"),
+        ("{columns: {rating: [.nan]}}", r"\.columns\.rating is \[nan\]; .* finite number"),
         (
             "{columns: {rating: {below: 5, above: 1}}}",
             r"\.columns\.rating: keeps nothing: .* below 5 or above 1",

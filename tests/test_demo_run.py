@@ -133,9 +133,22 @@ def test_a_kept_model_encodes_the_new_documents_alone(done, config_file, log, tm
         "--set", f"documents.paths=[{documents}]",
     )  # fmt: skip
     assert again.returncode in (0, 3), again.stderr  # which pairs are held out changes: the gate's affair
-    assert "train:" not in again.stderr
+    assert "train: the model is kept" in again.stderr
     rows = json.loads((work / "embeddings" / "manifest.json").read_text())["rows"]
     assert (rows["encoded"], rows["copied"]) == (1, n_before)
+
+
+def test_a_kept_model_is_not_judged_by_sessions_that_it_was_trained_on(done, config_file, tmp_path):
+    import shutil
+
+    work = tmp_path / "work"
+    shutil.copytree(done[0], work)
+    refused = python(
+        "pipeline", "all", "--config", str(config_file), "--work", str(work), "--keep_model",
+        "--set", "pairs.holdout_share=0.4",
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "it would be judged by what it knows" in refused.stderr
 
 
 def test_without_a_model_none_can_be_kept(config_file, tmp_path):

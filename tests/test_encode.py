@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import checks, config, encode, precision, shards
+from pipeline import __main__ as cli
+from pipeline import checks, config, encode, precision, reuse, shards
 from pipeline.artifacts import Embeddings, Model, Pairs, key_of, writing
 from pipeline.encoder import Encoder
 from pipeline.errors import ArtifactError, ConfigError, InputError
@@ -132,9 +133,12 @@ def test_a_long_document_has_a_row_for_each_passage(model, tmp_path):
 def test_what_helped_to_go_on_is_no_part_of_the_artefact(model, pairs, tmp_path):
     embeddings = encode.run(TINY, model, pairs, tmp_path / "embeddings")
     assert sorted(embeddings.manifest["files"]) == [
-        "documents.parquet", "embeddings.npy", "keys/embeddings.npy", "keys/queries.npy", "queries.npy",
-        "queries.parquet",
+        "documents.parquet", "embeddings.npy", "keys/embeddings.flags.npy", "keys/embeddings.json",
+        "keys/embeddings.npy", "keys/queries.flags.npy", "keys/queries.json", "keys/queries.npy",
+        "queries.npy", "queries.parquet",
     ]  # fmt: skip
+    on_disk = {str(path.relative_to(embeddings.path)) for path in embeddings.path.rglob("*.*")}
+    assert on_disk - set(embeddings.manifest["files"]) == {"manifest.json", "precision.json"}
     assert not list(tmp_path.glob(".embeddings*"))
 
 
@@ -251,6 +255,133 @@ def test_another_model_encodes_all_and_says_so_and_for_how_long_beforehand(
     assert embeddings.facts["checks"]["drift"] is None  # fewer than eleven documents
 
 
+@pytest.mark.slow
+def test_what_is_copied_is_said_before_the_precision_is_chosen(model, pairs, tmp_path, monkeypatch, capsys):
+    """Choosing it may take hours."""
+    encode.run(TINY, model, pairs, tmp_path / "embeddings")
+    said: list[str] = []
+
+    def choose(*_: object) -> tuple[str, dict]:
+        said.append(capsys.readouterr().err)
+        return "mixed", {"reason": "a test"}
+
+    monkeypatch.setattr(precision, "choose", choose)
+    more = make_pairs(tmp_path / "more", WORDS | {"d6": "comet notes of old"})
+    made = encode.run(replace(TINY, precision="auto"), model, more, tmp_path / "embeddings")
+    assert "encode: 7 rows: 6 copied, 1 to encode\n" in said[0]
+    assert "encode: 1 texts take about" in said[0]
+    assert made.rows["copied"] == 0
+    after = capsys.readouterr().err  # at another precision no row can be copied after all
+    assert "encode: 7 rows: 0 copied, 7 to encode\n" in after
+    assert "nothing can be copied from the version before: precision was 'float32', is 'mixed'" in after
+
+
+@pytest.mark.slow
+def test_a_forced_run_copies_nothing(model, pairs, tmp_path, capsys):
+    before = encode.run(TINY, model, pairs, tmp_path / "embeddings")
+    engine = Counting()
+    again = encode.run(TINY, model, pairs, tmp_path / "embeddings", engine=engine, fresh=True)
+    assert engine.texts == list(WORDS.values())
+    assert again.rows["copied"] == 0
+    assert again.digest == before.digest
+    assert "encode: nothing is copied from the version before: --force\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_force_on_the_command_line_asks_for_that(tmp_path, monkeypatch, force):
+    asked: list[dict] = []
+    monkeypatch.setattr(cli, "_plan", lambda *_: ({}, [], lambda **named: asked.append(named)))
+    nothing: Any = None  # the plan would read the settings
+    cli.run_stage("encode", nothing, tmp_path, force)
+    assert asked == [{"out": tmp_path / "embeddings", "fresh": force}]
+
+
+@pytest.mark.slow
+def test_a_forced_run_takes_no_matrix_of_a_killed_run_that_copied(model, pairs, tmp_path, monkeypatch):
+    encode.run(TINY, model, pairs, tmp_path / "embeddings")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "check", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encode.run(TINY, model, pairs, tmp_path / "embeddings")
+    assert list(tmp_path.glob(".embeddings.partial-*/embeddings.npy"))
+    engine = Counting()
+    encode.run(TINY, model, pairs, tmp_path / "embeddings", engine=engine, fresh=True)
+    assert engine.texts == list(WORDS.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [
+        "embeddings.npy",
+        "keys/embeddings.npy",
+        "documents.parquet",
+        "-embeddings.npy",
+        "-keys",
+        "~embeddings.npy",
+    ],
+)
+def test_a_damaged_version_before_is_said_and_counts_as_none(model, pairs, tmp_path, how, capsys):
+    """Cut in half, gone ("-") or of the same size with a flipped bit ("~")."""
+    whole = encode.run(TINY, model, pairs, tmp_path / "embeddings")
+    bits, digest = rows_of(whole), whole.digest
+    file = whole.path / how.strip("-~")
+    if how == "-keys":
+        shutil.rmtree(file)
+    elif how.startswith("-"):
+        file.unlink()
+    else:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content if how.startswith("~") else content[: len(content) // 2])
+    capsys.readouterr()
+    made = encode.run(TINY, model, pairs, tmp_path / "embeddings")
+    assert (made.rows["copied"], made.rows["encoded"], made.rows["deleted"]) == (0, 6, 0)
+    assert made.facts["checks"]["drift"] is None
+    assert (rows_of(made), made.digest) == (bits, digest)
+    said = capsys.readouterr().err
+    assert f"encode: nothing can be copied: {file}" in said
+    assert "every text changed" not in said
+
+
+@pytest.mark.slow
+def test_the_speed_of_a_handful_of_texts_is_not_the_speed(model, pairs, tmp_path, monkeypatch):
+    first = encode.run(TINY, model, pairs, tmp_path / "embeddings").facts["texts_a_second"]
+    more = make_pairs(tmp_path / "more", WORDS | {"d6": "comet notes of old"})
+    assert encode.run(TINY, model, more, tmp_path / "embeddings").facts["texts_a_second"] == first
+    monkeypatch.setattr(encode, "WINDOW", 7)  # all seven are one
+    again = encode.run(TINY, model, more, tmp_path / "embeddings", fresh=True)
+    assert again.facts["texts_a_second"] != first
+
+
+@pytest.mark.slow
+def test_the_speed_is_that_of_the_engine_alone(model, pairs, tmp_path, monkeypatch):
+    times = iter([10.0, 12.0])
+    monkeypatch.setattr(encode.time, "perf_counter", lambda: next(times, 99.0))
+
+    def engine(job: Job, windows: Iterable[tuple[int, list[str]]], made: Shards) -> None:
+        with monkeypatch.context() as real:
+            real.setattr(encode.time, "perf_counter", lambda: 11.0)
+            shards.in_process(job, windows, made)
+
+    embeddings = encode.run(TINY, model, pairs, tmp_path / "embeddings", engine=engine)
+    assert embeddings.facts["texts_a_second"] == 3.0  # six texts between 10 and 12
+
+
+@pytest.mark.slow
+def test_what_was_seen_counts_copied_rows_too(model, pairs, tmp_path):
+    long = make_pairs(tmp_path / "long", WORDS | {"emoji": "🌊🌊", "long": "wave tide " * 1000})
+    encode.run(TINY, model, long, tmp_path / "embeddings")
+    more = make_pairs(tmp_path / "more", WORDS | {"emoji": "🌊🌊", "long": "wave tide " * 1000, "z": "🌊"})
+    made = encode.run(TINY, model, more, tmp_path / "embeddings")
+    assert (made.rows["copied"], made.rows["encoded"]) == (8, 1)
+    assert made.facts["seen"] == {"cut": 1, "unknown_only": 2, "of": 9}
+
+
 def copy_with(folder: Path, to: Path, name: str, **changed: Any) -> Path:
     shutil.copytree(folder, to)
     settings = json.loads((to / name).read_text(encoding="utf-8"))
@@ -268,12 +399,18 @@ def copy_with(folder: Path, to: Path, name: str, **changed: Any) -> Path:
             "float32",
             "the model changed, document prefix was 'passage: ', is ''",
         ),
+        (
+            {"made_by": reuse.made_by() | {"rows": 0, "tokenizers": "0.1"}},
+            "float32",
+            f"the code that makes rows changed, tokenizers was 0.1, is {reuse.made_by()['tokenizers']}",
+        ),
         ({}, "float32", "every text changed"),
     ],
 )
 def test_what_keeps_rows_from_being_copied_is_named(model, tmp_path, then, precision, said):
     facts = {"encoder_sha256": model.encoder_sha256, "prompts": {"document": ""}, "max_seq_length": None}
-    before = Embeddings(tmp_path, {"facts": facts | {"precision": "float32", "dim": 32} | then})
+    facts |= {"precision": "float32", "dim": 32, "made_by": reuse.made_by()}
+    before = Embeddings(tmp_path, {"facts": facts | then})
     assert ", ".join(encode.changes(before, Job("model", dim=32, precision=precision), model)) == said
 
 
@@ -338,6 +475,44 @@ def test_what_the_version_before_found_is_handed_on_where_the_question_is_the_sa
     assert stricter is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_new", "is_carried"), [(1, True), (2, False)])
+def test_a_verdict_holds_only_where_it_was_asked_of_most_texts(
+    model, pairs, tmp_path, asked, n_new, is_carried
+):
+    """Of 7 rows 6 are copied, 86 %; of 8 rows 6 are, 75 %."""
+    auto = replace(TINY, precision="auto")
+    encode.run(auto, model, pairs, tmp_path / "embeddings")
+    more = make_pairs(tmp_path / "more", WORDS | {f"new{n}": f"ship {n}" for n in range(n_new)})
+    encode.run(auto, model, more, tmp_path / "embeddings")
+    assert (asked[1][2] is not None) == is_carried
+
+
+@pytest.mark.slow
+def test_a_verdict_of_another_torch_does_not_hold(model, pairs, tmp_path, asked):
+    auto = replace(TINY, precision="auto")
+    file = encode.run(auto, model, pairs, tmp_path / "embeddings").path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["libraries"]["torch"] = "1.0"
+    file.write_text(json.dumps(manifest))
+    encode.run(auto, model, pairs, tmp_path / "embeddings")
+    assert asked[1][2] is None
+
+
+@pytest.mark.slow
+def test_half_a_note_of_the_precision_is_no_note(model, pairs, tmp_path, asked):
+    def cut_and_killed(job: Job, *_: object) -> None:
+        (note,) = tmp_path.glob(".embeddings.partial-*/precision.json")
+        note.write_text(note.read_text()[:20])
+        raise KeyboardInterrupt
+
+    auto = replace(TINY, precision="auto")
+    with pytest.raises(KeyboardInterrupt):
+        encode.run(auto, model, pairs, tmp_path / "embeddings", engine=cut_and_killed)
+    encode.run(auto, model, pairs, tmp_path / "embeddings")
+    assert len(asked) == 2
+
+
 # --- What is refused, and what is counted ------------------------------------------------------------
 
 
@@ -372,6 +547,53 @@ def test_rows_that_are_all_alike_are_refused_and_the_version_before_stays(model,
     assert Embeddings.open(tmp_path / "embeddings").digest == before.digest
 
 
+ALIKE = {f"d{n:02}": f"wave {n}" + " notes" * 40 for n in range(2 * checks.MIN_JUDGED)}
+
+
+@pytest.mark.slow
+def test_a_collapsed_model_is_refused_by_its_first_shard_and_a_raised_limit_keeps_what_is_done(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(reuse, "WINDOW", checks.MIN_JUDGED)
+    alike, out = make_pairs(tmp_path / "pairs", ALIKE), tmp_path / "embeddings"
+    rest = Counting()
+    for _ in range(2):  # the same command again does not go on to the last shard
+        with pytest.raises(ArtifactError, match=r"the first 10 documents' rows: .*max_mean_cosine = 0\.5"):
+            encode.run(replace(TINY, max_mean_cosine=0.5), model, alike, out, engine=OneByOne())
+    assert len(list(tmp_path.glob(".embeddings.partial-*/shards-embeddings-*/*.npy"))) == 1
+    encode.run(replace(TINY, max_mean_cosine=1.0), model, alike, out, engine=rest)
+    assert rest.texts == list(ALIKE.values())[10:]
+
+
+class OneByOne(Counting):
+    """Encodes a shard when the one before it is there."""
+
+    def __call__(self, job: Job, windows: Iterable[tuple[int, list[str]]], made: Shards) -> None:
+        for window in windows:
+            super().__call__(job, [window], made)
+
+
+@pytest.mark.slow
+def test_new_documents_that_are_alike_are_judged_with_the_others(model, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(reuse, "WINDOW", checks.MIN_JUDGED)
+    different = {f"a{n:02}": text for n, text in enumerate(["oven", "comet", "flour", "violin"] * 6)}
+    names = iter("abcdefghijklmnopqrstuvwx")
+    varied = {key: f"{text} {next(names)}" for key, text in different.items()}
+    limit = replace(TINY, max_mean_cosine=1.0)
+    encode.run(limit, model, make_pairs(tmp_path / "first", varied), tmp_path / "embeddings")
+    looked: list[Any] = []
+    monkeypatch.setattr(encode, "check_first", lambda *given: looked.append(given))
+    encode.run(limit, model, make_pairs(tmp_path / "both", varied | ALIKE), tmp_path / "embeddings")
+    assert looked == []
+
+
+@pytest.mark.slow
+def test_of_a_collection_of_emoji_it_is_said_that_the_model_knows_none(model, tmp_path):
+    emoji = {f"d{n:02}": "🌊" * (n + 1) for n in range(12)}
+    with pytest.raises(ArtifactError, match=r"^the model knows no token of 12 of 12 texts; embeddings\.npy"):
+        encode.run(TINY, model, make_pairs(tmp_path / "pairs", emoji), tmp_path / "embeddings")
+
+
 # --- The key -----------------------------------------------------------------------------------------
 
 
@@ -379,7 +601,7 @@ def test_rows_that_are_all_alike_are_refused_and_the_version_before_stays(model,
     ("changed", "is_same"),
     [
         ({"processes": 2}, True), ({"temp_location": "/tmp/x"}, True), ({"batch_tokens": 64}, False),
-        ({"precision": "mixed"}, False), ({"passage_words": 50}, False),
+        ({"precision": "mixed"}, False), ({"passage_words": 50}, False), ({"max_mean_cosine": 0.5}, True),
     ],
 )  # fmt: skip
 def test_who_computes_is_no_part_of_what_is_made(changed, is_same):

@@ -4,15 +4,19 @@ import errno
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from test_encode import TINY, make_model, make_pairs
 from test_storage import ObjectStore
 
 from pipeline import __main__ as cli
+from pipeline import encode as stage
 from pipeline import encode_line, progress, runners, storage, work
 from pipeline import shards as shards_
 from pipeline.config import EncodeConfig
@@ -20,6 +24,7 @@ from pipeline.encode_line import EncodeShard, engine
 from pipeline.errors import ConfigError, InputError, PipelineError
 from pipeline.shards import Job, Shards
 
+ROOT = Path(__file__).parents[1]
 SIZES = [5, 5, 3]
 WORDS = ("wave", "tide", "harbour", "ship", "sail", "oven", "dough")
 TEXTS = [f"{word} notes {n}" for n, word in enumerate(WORDS * 2)][:13]
@@ -130,13 +135,20 @@ def killed(tmp_path, job, monkeypatch) -> str:
     """A shared folder in which workers finished all shards for a driver that died before it fetched them."""
     shared = str(tmp_path / "shared")
     storage.make_folder(shared)
+    with dying(monkeypatch):
+        encode(tmp_path, job, shared)
+    assert len(storage.names(shared, ".embeddings.shards-*/*.npy")) == len(SIZES)
+    return shared
+
+
+@contextmanager
+def dying(monkeypatch) -> Iterator[None]:
+    """A driver that dies when its workers are done."""
     with monkeypatch.context() as patch:
         patch.setattr(encode_line, "raise_failure", died)
         patch.setattr(encode_line, "_collect", lambda folder, made: None)
         with pytest.raises(KeyboardInterrupt):
-            encode(tmp_path, job, shared)
-    assert len(storage.names(shared, ".embeddings.shards-*/*.npy")) == len(SIZES)
-    return shared
+            yield
 
 
 def died(*_: object) -> None:
@@ -161,16 +173,147 @@ def test_a_damaged_shard_is_said_and_encoded_again(tmp_path, job, encoded, kille
     assert "encode: 5 documents in 1 shard\n" in said
 
 
-def test_an_earlier_runs_folder_is_removed_and_that_of_another_artefact_is_not(tmp_path, job, killed):
-    (earlier,) = storage.names(killed, ".embeddings.shards-*")
-    shutil.move(earlier, f"{earlier[:-4]}ffff")  # of other texts
-    other = tmp_path / "shared" / ".embeddings.shards-00000000-shards-embeddings-0123"
-    other.mkdir()
+def test_shards_of_other_texts_are_removed_and_not_taken(tmp_path, job, encoded, killed):
+    # as when the version before was removed: more texts must be encoded for the same artefact
+    made = Shards(tmp_path / "partial" / "shards-embeddings-fedcba9876543210", [3], 32)
+    config = EncodeConfig(temp_location=killed)
+    line = engine(runners.parse_options([]), config, tmp_path / "embeddings")
+    line(job, shards_.windows(TEXTS[10:], [3], [0]), made)
+    assert [path.read_bytes() for path in made.folder.iterdir()] == [encoded[max(encoded)]]
+    assert storage.names(killed, ".*") == []
+
+
+def test_a_run_that_needs_no_workers_takes_what_they_left_and_removes_it(tmp_path, encoded, killed):
+    made = shards_in(tmp_path)
+    encode_line.fetch(tmp_path / "partial", made)
+    assert (files(made), made.missing()) == (encoded, [])
+    assert storage.names(killed, ".*") == []
+    encode_line.fetch(tmp_path / "partial", made)  # there is nothing any more
+    assert left_in(tmp_path / "partial") == [made.folder.name]
+
+
+def test_where_no_shards_are_needed_what_workers_left_is_removed(tmp_path, killed):
+    encode_line.fetch(tmp_path / "partial", None)
+    assert storage.names(killed, ".*") == []
+
+
+@pytest.mark.slow
+def test_the_stage_goes_on_without_workers_with_what_they_left(tmp_path, tiny_model, monkeypatch):
+    model, out = make_model(tmp_path / "model", tiny_model), tmp_path / "embeddings"
+    pairs = make_pairs(tmp_path / "pairs", {f"d{n:02}": text for n, text in enumerate(TEXTS)})
+    whole = stage.run(TINY, model, pairs, tmp_path / "whole")
+    settings = replace(TINY, temp_location=str(tmp_path / "shared"))
+    line = engine(runners.parse_options([]), settings, out)
+    with dying(monkeypatch):
+        stage.run(settings, model, pairs, out, engine=line)
+    assert len(left_in(tmp_path / "shared")) == 1
+    monkeypatch.setattr(shards_, "in_process", never)
+    made = stage.run(TINY, model, pairs, out)
+    assert made.manifest["files"] == whole.manifest["files"]
+    assert left_in(tmp_path / "shared") == []
+    assert list(out.glob("shards-*")) == []
+
+
+def test_a_driver_with_other_settings_of_the_place_finds_what_was_left(
+    tmp_path, job, encoded, killed, monkeypatch
+):
+    monkeypatch.setattr(shards_, "encode_shard", never)
+    assert files(encode(tmp_path, job, temp_location=None)) == encoded
+    assert storage.names(killed, ".*") == []
+
+
+KILLED_DRIVER = """
+import sys
+from pathlib import Path
+from pipeline import runners
+from pipeline.config import EncodeConfig
+from pipeline.encode_line import engine
+from pipeline.shards import Job, Shards, windows
+model, folder = sys.argv[1], Path(sys.argv[2])
+texts, sizes = [f"wave {n}" for n in range(4000)], [2] * 2000
+made = Shards(folder / "partial" / "shards-embeddings-0", sizes, 32)
+line = engine(runners.on_processes(2), EncodeConfig(), folder / "embeddings")
+line(Job(model, dim=32, title="documents"), windows(texts, sizes, made.missing()), made)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="by Linux's prctl")
+def test_worker_processes_of_a_killed_driver_end_and_say_nothing(tmp_path, job):
+    command = [sys.executable, "-W", "ignore", "-c", KILLED_DRIVER, job.model, str(tmp_path)]
+    with (tmp_path / "said").open("wb") as said:
+        driver = subprocess.Popen(command, cwd=ROOT, stderr=said)
+    try:
+        wait_for(lambda: any((tmp_path / "partial").glob("shards-line-*/0*-*.npy")))
+        workers = children(driver.pid)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert len(workers) >= 2
+    wait_for(lambda: not any(is_running(pid) for pid in workers))
+    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert "failed" not in (tmp_path / "said").read_text()
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started, and those that they have."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            found += [child, *children(child)]
+    return found
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not only what a container that reaps none keeps of it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_another_artefact_of_the_same_path_neither_takes_nor_removes_them(tmp_path, job, killed, monkeypatch):
+    # as on a machine beside this one, or in this work folder with settings that no row's key holds
+    left = storage.names(killed, ".embeddings.shards-*/*.npy")
+    assert len(left) == len(SIZES)
+    shutil.move(tmp_path / "partial", tmp_path / "of the other")
+    begun = []
+    real = shards_.encode_shard
+    monkeypatch.setattr(shards_, "encode_shard", lambda *given: begun.append(given) or real(*given))
     encode(tmp_path, job, killed)
-    assert storage.names(killed, ".*") == [str(other)]
+    assert len(begun) == len(SIZES)
+    assert storage.names(killed, ".embeddings.shards-*/*.npy") == left
 
 
 # --- Failures ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["a file", "a folder in a file", "no file system"])
+def test_a_temp_location_that_cannot_be_written_is_said_before_any_work(tmp_path, place):
+    (tmp_path / "file").touch()
+    given = {
+        "a file": tmp_path / "file",
+        "a folder in a file": tmp_path / "file" / "folder",
+        "no file system": "nfs://server/folder",
+    }[place]
+    with pytest.raises(ConfigError) as raised:
+        engine(runners.parse_options([]), EncodeConfig(temp_location=str(given)), tmp_path / "embeddings")
+    assert str(raised.value).startswith(f"encode.temp_location: {given}: ")
+    assert str(raised.value).endswith("; wanted a folder that this machine and all workers can write")
+    assert "\n" not in str(raised.value)
+
+
+def test_trying_to_write_a_temp_location_leaves_nothing(tmp_path):
+    shared = tmp_path / "made" / "shared"
+    engine(runners.parse_options([]), EncodeConfig(temp_location=str(shared)), tmp_path / "embeddings")
+    assert left_in(shared) == []
 
 
 def test_a_model_that_a_worker_cannot_load_is_one_line_that_names_it(tmp_path, job):
@@ -202,6 +345,21 @@ def test_a_failure_keeps_what_was_finished_and_begins_nothing_more(tmp_path, job
     assert len(made.missing()) == 2
     assert files(encode(tmp_path, job, flags=one)) == encoded
     assert len(begun) == 4
+
+
+def test_of_a_line_that_breaks_shards_alone_are_left(tmp_path, job, encoded, monkeypatch):
+    # a mark of progress would count in the next run's bar
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_line, "write_counts", breaks)
+        with pytest.raises(RuntimeError, match="the runner is gone"):
+            encode(tmp_path, job)
+    (folder,) = (tmp_path / "partial").glob("shards-line-*")
+    assert left_in(folder) == sorted(encoded)
+    assert files(encode(tmp_path, job)) == encoded
+
+
+def breaks(*_: object) -> None:
+    raise RuntimeError("the runner is gone")
 
 
 def test_a_worker_whose_disk_is_full_is_one_line(tmp_path, job, encoded, monkeypatch):

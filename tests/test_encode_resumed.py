@@ -1,6 +1,7 @@
 """Stage `encode`, killed for real and gone on with: the same bytes as if it had never been killed."""
 
 import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -46,6 +47,13 @@ def killed(file, matrix):
 finish = reuse._finish
 reuse._finish = killed
 """
+# When all matrices are there: while they are hashed, and when only the swap is left.
+HASHING = f"""
+from pipeline import artifacts
+def killed(*_): {KILL}
+artifacts.file_hashes = killed
+"""
+SWAPPING = HASHING.replace("file_hashes", "_swap")
 RUN = """
 import os, pathlib, signal, sys
 from pipeline import config, encode, errors, reuse
@@ -110,7 +118,7 @@ def shards_on_disk(work: Path) -> list[str]:
 
 
 def assert_same(work: Path, whole: Embeddings) -> None:
-    for name in ("embeddings.npy", "keys/embeddings.npy", "queries.npy", "documents.parquet"):
+    for name in ("embeddings.npy", "keys/embeddings.json", "queries.npy", "documents.parquet"):
         assert (work / "e" / name).read_bytes() == (whole.path / name).read_bytes(), name
     made = Embeddings.open(work / "e")
     assert made.digest == whole.digest
@@ -145,6 +153,27 @@ def test_a_run_killed_while_the_matrix_is_put_together_encodes_nothing_again(tmp
     assert not list(tmp_path.glob(".e.partial-*/embeddings.npy"))  # half-written under another name
     assert go_on(tmp_path, given) == []
     assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("where", [HASHING, SWAPPING])
+def test_a_run_killed_in_its_last_second_encodes_nothing_again(tmp_path, given, whole, where):
+    kill(tmp_path, given, where)
+    assert not (tmp_path / "e").exists()
+    assert go_on(tmp_path, given) == []
+    assert_same(tmp_path, whole)
+    kept = json.loads((tmp_path / "e" / "precision.json").read_text())
+    assert kept["precision"] == whole.facts["precision"]
+
+
+def test_a_finished_matrix_that_was_damaged_meanwhile_is_made_again_and_said(tmp_path, given, whole, capsys):
+    kill(tmp_path, given, HASHING)
+    (file,) = tmp_path.glob(".e.partial-*/embeddings.npy")
+    content = bytearray(file.read_bytes())
+    content[500] ^= 1
+    file.write_bytes(content)
+    assert go_on(tmp_path, given) == list(TEXTS.values())
+    assert_same(tmp_path, whole)
+    assert f"{file}: damaged, its rows are made again" in capsys.readouterr().err
 
 
 def test_a_shard_that_was_damaged_meanwhile_is_encoded_again_and_said(tmp_path, given, whole, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline import encoder, throughput
 from pipeline.encoder import Encoder, has_bfloat16, load, locate, transformers_of, unit_length
@@ -24,7 +25,6 @@ def multilingual(tmp_path_factory) -> Path:
     Like the published folder it has no pooling, no normalisation and no tokenizer_class.
     """
     import sentencepiece
-    import torch
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("multilingual")
@@ -93,6 +93,19 @@ def test_a_tokenizer_that_knows_no_word_is_refused(tiny_model, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     with pytest.raises(InputError, match="does not know the model's vocabulary"):
         load(str(folder), device="cpu")
+
+
+def test_a_model_that_reads_few_tokens_is_opened_without_a_word(tiny_model, tmp_path):
+    # Transformers warns once a tokenizer, and notes that it did.
+    load(str(tiny_model), device="cpu", max_seq_length=8).save_pretrained(str(tmp_path))
+    model = load(str(tmp_path), device="cpu", prompts={"document": "wave " * 9})
+    assert model.tokenizer.model_max_length == 8
+    throughput.tokenise(model, ["salt " * 9], "document")
+    assert model.tokenizer.deprecation_warnings == {}
+    model.tokenizer("wave " * 9)
+    assert model.tokenizer.deprecation_warnings == {
+        "sequence-length-is-longer-than-the-specified-maximum": True
+    }
 
 
 def test_a_folder_keeps_its_lower_case_setting(tiny_model, tmp_path):
@@ -218,8 +231,6 @@ def test_settings_of_another_shape_are_one_line(tiny_model, tmp_path, name):
 
 
 def test_a_gpu_that_is_asked_for_and_absent_is_said(tiny_model):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(InputError, match="device is cuda, but PyTorch sees no CUDA device"):
@@ -260,8 +271,6 @@ def test_mixed_loses_less_than_rounded_weights(tiny_model):
 
 @pytest.mark.parametrize("precision", ["float32", "mixed", "bfloat16"])
 def test_a_window_has_the_same_bits_wherever_it_stands_and_on_any_number_of_cores(tiny_model, precision):
-    import torch
-
     encoder = Encoder.open(tiny_model, "cpu", precision, batch_tokens=64)
     before, made = torch.get_num_threads(), []
     try:
@@ -304,6 +313,18 @@ def test_a_model_that_reads_no_tokens_in_rows_is_encoded_by_the_library(tiny_mod
     np.testing.assert_allclose(np.concatenate(rows), unit_length(static.encode(TEXTS)), atol=1e-6)
 
 
+def test_a_folder_of_bfloat16_weights_is_computed_at_the_precision_that_is_asked_for(tiny_model, tmp_path):
+    rounded = load(str(tiny_model), device="cpu").bfloat16()
+    rounded.save_pretrained(str(tmp_path), create_model_card=False)
+    assert load(str(tmp_path), device="cpu").dtype == torch.bfloat16  # as the library opens it
+    exact = rounded.float().encode_document(MANY)  # the same rounded weights, multiplied in float32
+    opened = Encoder.open(tmp_path, "cpu", "float32")
+    assert {weights.dtype for weights in opened.model.parameters()} == {torch.float32}
+    np.testing.assert_allclose(next(opened.windows([MANY], "document")), exact, atol=1e-6)
+    as_stored = Encoder.open(tmp_path, "cpu", "bfloat16")
+    assert {weights.dtype for weights in as_stored.model.parameters()} == {torch.bfloat16}
+
+
 def test_the_opened_weights_are_still_those_of_the_folder(tiny_model):
     opened, loaded = Encoder.open(tiny_model, "cpu", "mixed").model, load(str(tiny_model), device="cpu")
     assert sum(w.numel() for w in opened.parameters()) == sum(w.numel() for w in loaded.parameters())
@@ -311,9 +332,8 @@ def test_the_opened_weights_are_still_those_of_the_folder(tiny_model):
         assert ours.equal(given)
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "distilbert", "electra", "modernbert", "t5"])
-def test_packed_layers_compute_what_they_did(kind):
-    import torch
+def tiny_body(kind: str) -> torch.nn.Module:
+    """A body of a kind, with weights drawn at random."""
     from transformers import AutoConfig, AutoModel, T5EncoderModel
 
     torch.manual_seed(7)
@@ -324,7 +344,23 @@ def test_packed_layers_compute_what_they_did(kind):
         pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2,
         max_position_embeddings=64,
     )  # fmt: skip
-    model = (T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)).eval()
+    return (T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)).eval()
+
+
+def packed_layers(model: torch.nn.Module) -> list[bool]:
+    """Of each linear layer, whether its forward is another than PyTorch's."""
+    return ["forward" in vars(layer) for layer in model.modules() if type(layer) is torch.nn.Linear]
+
+
+needs_vectors = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="layers are packed with AVX2 up"
+)
+
+
+@needs_vectors
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "distilbert", "electra", "modernbert", "t5"])
+def test_packed_layers_compute_what_they_did(kind):
+    model = tiny_body(kind)
     ids = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(7))
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
@@ -332,7 +368,10 @@ def test_packed_layers_compute_what_they_did(kind):
         exact = model(input_ids=ids, attention_mask=mask).last_hidden_state
         with torch.autocast("cpu", torch.bfloat16):
             mixed = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        assert not any(packed_layers(model))
         encoder._pack(model, torch.float32)
+        assert packed_layers(model)
+        assert all(packed_layers(model))
         torch.testing.assert_close(
             model(input_ids=ids, attention_mask=mask).last_hidden_state, exact, atol=1e-5, rtol=1e-4
         )
@@ -341,6 +380,36 @@ def test_packed_layers_compute_what_they_did(kind):
             with torch.autocast("cpu", torch.bfloat16):
                 packed = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
             assert torch.nn.functional.cosine_similarity(packed, mixed, dim=-1).min() > 0.9999
+
+
+@needs_vectors
+def test_an_opened_models_layers_are_packed(tiny_model):
+    layers = packed_layers(Encoder.open(tiny_model, "cpu", "float32").model)
+    assert layers
+    assert all(layers)
+
+
+@needs_vectors
+def test_layers_stay_as_they_are_where_pytorch_multiplies_packed_weights_no_more(monkeypatch):
+    class Operators:
+        """PyTorch's, but that the last layer is refused."""
+
+        n = 0
+        _reorder_linear_weight = torch.ops.mkldnn._reorder_linear_weight
+
+        def _linear_pointwise(self, *given: object) -> torch.Tensor:
+            self.n += 1
+            if self.n == n_layers:
+                raise RuntimeError("mkldnn::_linear_pointwise() is missing value for argument 'algorithm'")
+            return multiply(*given)
+
+    model, multiply = tiny_body("bert"), torch.ops.mkldnn._linear_pointwise
+    n_layers = len(packed_layers(model))
+    operators = Operators()
+    monkeypatch.setattr(torch.ops, "mkldnn", operators)
+    encoder._pack(model, torch.float32)
+    assert operators.n == n_layers  # each was tried
+    assert not any(packed_layers(model))
 
 
 def test_several_devices_share_each_window(tiny_model):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import evaluate
+from pipeline.accuracy import dot_scores
 from pipeline.artifacts import Artifact, Embeddings, Index, Model, Pairs, Report, writing
 from pipeline.config import EvaluateConfig
 from pipeline.errors import ArtifactError, ConfigError
@@ -411,6 +413,7 @@ def test_the_stage_loads_neither_pytorch_nor_tensorflow(inputs, tmp_path):
     made_from(index, made_from(embeddings, model, pairs))
     code = f"""
 import sys
+import tracemalloc
 from pathlib import Path
 from pipeline.artifacts import Embeddings, Index, Model, Pairs
 from pipeline.config import EvaluateConfig
@@ -610,6 +613,34 @@ def test_a_document_in_passages_is_where_its_best_passage_is(tmp_path, pool):
     np.testing.assert_array_equal(scores["untuned"](np.array([0, 1])), best_of_opposites[:, pool])
 
 
+@pytest.mark.parametrize("n_rows_at_once", [1, 2, 3, 4, 100])
+def test_a_documents_best_row_counts_wherever_its_rows_are_divided(monkeypatch, n_rows_at_once):
+    monkeypatch.setattr("pipeline.accuracy.BLOCK_BYTES", 4 * 2 * n_rows_at_once)  # two queries, two numbers
+    # rows 9, 8, 7 and so on of the matrix belong to documents of 1, 5, 1, 1 and 2 rows
+    rows = np.arange(9, -1, -1)
+    angles = np.array([0.3, 1.2, 0.7, 2.9, 0.1, 1.5, 2.2, 0.9, 1.9, 0.5], np.float32)
+    matrix = np.empty((10, 2), np.float32)
+    matrix[rows] = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    queries = np.eye(2, dtype=np.float32)
+    scores = dot_scores(queries, matrix, np.array([0, 1, 6, 7, 8]), rows)(np.array([0, 1]))
+    nearest = [0.3, 0.1, 2.2, 0.9, 0.5], [0.3, 1.5, 2.2, 0.9, 1.9]  # the angle of each document's best row
+    np.testing.assert_allclose(scores, [np.cos(nearest[0]), np.sin(nearest[1])], rtol=1e-6)
+
+
+def test_many_rows_of_few_documents_are_neither_copied_nor_scored_at_once(monkeypatch):
+    monkeypatch.setattr("pipeline.accuracy.BLOCK_BYTES", 1 << 16)
+    queries, matrix = np.ones((100, 8), np.float32), np.ones((100_000, 8), np.float32)
+    score = dot_scores(queries, matrix, np.arange(0, 100_000, 1000), np.arange(100_000))
+    tracemalloc.start()
+    try:
+        score(np.arange(100))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # the scores of 100 documents take 40 KB; those of all rows would take 40 MB, a copy of the rows 3.2 MB
+    assert peak < 1 << 20
+
+
 def test_bm25_and_answers_see_the_whole_text_of_a_document_in_passages(tmp_path):
     pairs, embeddings = in_passages(tmp_path, [0, 1, 2])
     documents = evaluate.read_pool(embeddings, pairs)
@@ -641,6 +672,13 @@ def test_the_report_says_what_the_other_models_were(inputs, tmp_path):
     report = run_on((pairs, model, Embeddings.open(embeddings.path), index), tmp_path / "report").figures()
     assert {name: report["model"][name] for name in found} == found
     assert report["model"]["published_left_out"] is None
+
+
+def test_the_report_says_at_which_precision_each_model_encoded(inputs):
+    _, _, embeddings, _ = inputs
+    found = {"precision": "mixed", "precision_untuned": "float32", "precision_published": "bfloat16"}
+    made = Embeddings(embeddings.path, embeddings.manifest | {"facts": found})
+    assert found.items() <= evaluate.encoding_figures(made).items()
 
 
 def test_the_published_model_is_compared_where_there_is_one(inputs, tmp_path):

@@ -739,9 +739,9 @@ def test_passages_are_counted_beside_their_documents():
 @pytest.mark.parametrize(
     ("n_cut", "passage_words", "said"),
     [
-        (11, None, "11 of the 100 encoded documents (11.0 %)"),
+        (11, None, "11 of 100 documents (11.0 %)"),
         (11, None, "Set encode.passage_words:"),
-        (11, 200, "11 of the 100 encoded passages (11.0 %)"),
+        (11, 200, "11 of 100 passages (11.0 %)"),
         (11, 200, "Set a smaller encode.passage_words:"),
     ],
 )
@@ -754,9 +754,21 @@ def test_where_more_than_a_tenth_is_cut_passages_are_advised(n_cut, passage_word
 def test_where_a_tenth_is_cut_it_is_said_without_advice():
     (sentence,) = cut_words({"seen": {"cut": 10, "unknown_only": 0, "of": 100}, "max_seq_length": 256})
     assert sentence == (
-        "10 of the 100 encoded documents (10.0 %) are longer than the model reads (256 tokens), and "
-        "are not found by what stands behind that."
+        "10 of 100 documents (10.0 %) are longer than the model reads (256 tokens), and are not found by "
+        "what stands behind that."
     )
+
+
+def test_where_every_row_was_looked_at_no_others_are_said():
+    encoding = {"seen": {"cut": 1, "unknown_only": 1, "of": 100}, "rows": {"rows": 100}}
+    assert not [sentence for sentence in cut_words(encoding) if "other" in sentence]
+
+
+def test_the_precision_of_the_models_compared_with_is_said():
+    encoding = {"precision": "bfloat16", "precision_untuned": "float32", "precision_published": "mixed"}
+    assert encoding_facts(encoding)[1][1] == "untuned model float32, published model mixed"
+    alone = encoding_facts({"precision": "float32", "precision_untuned": None})
+    assert alone == [("precision", "float32")]
 
 
 @pytest.mark.parametrize("seen", [None, {"cut": 0, "unknown_only": 0, "of": 0}])
@@ -767,8 +779,9 @@ def test_where_all_was_read_nothing_is_said(seen):
 def test_the_page_says_what_the_model_did_not_read_and_how_documents_were_encoded(full, html):
     assert rows_of_table(full, "How the documents became vectors")[0] == "vectors"
     words = Page(full).words
-    assert "612 of the 4,061 encoded documents (15.1 %)" in words
-    assert "3 of the 4,061 encoded texts hold nothing that the model knows" in words
+    assert "612 of 4,061 documents (15.1 %)" in words
+    assert "3 of 4,061 texts hold nothing that the model knows" in words
+    assert "Of the other 39 neither is known." in words  # of 4,100 rows
     assert "Encoding" not in Page(html).headings
 
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from pipeline import reuse
 from pipeline.artifacts import Embeddings, writing
 from pipeline.errors import ArtifactError
-from pipeline.reuse import HERE, Known, Matrices, Plan, key_of_encoder, row_keys
-from pipeline.shards import Encoded, Job, Seen, Shards
+from pipeline.reuse import HERE, Known, Matrices, Matrix, Plan, key_of_encoder, row_keys
+from pipeline.shards import UNSEEN, Encoded, Job, Shards
+from pipeline.throughput import CUT, UNKNOWN
 
 JOB = Job("model", dim=2, title="texts")
 
@@ -25,6 +26,13 @@ def vectors(texts: Iterable[str]) -> np.ndarray:
     """Stand in for a model: a text's angle is made of its hash, so no two texts are alike."""
     angles = np.array([hashlib.blake2b(text.encode(), digest_size=2).digest()[0] for text in texts], float)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def flags(texts: Iterable[str]) -> np.ndarray:
+    """Of a model that reads three letters at most, knows no "?", and leaves capitals to the library."""
+    return np.array(
+        [UNSEEN if t.isupper() else CUT * (len(t) > 3) + UNKNOWN * (t == "?") for t in texts], np.uint8
+    )
 
 
 class Counting:
@@ -41,7 +49,7 @@ class Counting:
             if number >= self.stops_at:
                 raise KeyboardInterrupt
             self.texts += texts
-            shards.write(number, Encoded(vectors(texts), Seen(of=len(texts))))
+            shards.write(number, Encoded(vectors(texts), flags(texts)))
 
 
 def make(
@@ -104,6 +112,14 @@ def test_another_model_changes_the_key():
     assert key_of_encoder(JOB, "m") != key_of_encoder(JOB, "n")
 
 
+@pytest.mark.parametrize("changed", [{"rows": 2}, {"tokenizers": "0.0"}, {"transformers": "0.0"}])
+def test_other_code_changes_the_key(monkeypatch, changed):
+    before, by = key_of_encoder(JOB, "m"), reuse.made_by()
+    assert sorted(by) == ["rows", "sentence-transformers", "tokenizers", "transformers"]
+    monkeypatch.setattr(reuse, "made_by", lambda: by | changed)
+    assert key_of_encoder(JOB, "m") != before
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -124,7 +140,9 @@ def keys_of(*numbers: int) -> np.ndarray:
 
 
 def known_of(*matrices: np.ndarray) -> Known:
-    return Known((keys, np.zeros((len(keys), 2), np.float32), lambda: True) for keys in matrices)
+    return Known(
+        Matrix(keys, np.zeros((len(keys), 2), np.float32), np.zeros(len(keys), np.uint8)) for keys in matrices
+    )
 
 
 def test_a_row_is_found_in_the_first_matrix_that_has_it_and_there_in_the_first_row():
@@ -156,43 +174,57 @@ def test_a_plan_copies_what_is_known_and_encodes_equal_rows_once():
     assert plan.counts == {"copied": 1, "equal": 3, "encoded": 2}
 
 
-def test_a_damaged_matrix_is_said_and_not_copied_from(tmp_path, capsys):
-    before = version(tmp_path / "v1", ["a", "b"], untuned_documents=["c"])
-    file = before.path / "embeddings.npy"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    engine = Counting()
-    made = make(tmp_path / "next", ["a", "b", "c"], Known.of(before, 2), engine)
-    assert engine.texts == ["a", "b"]  # "c" lies in another file
-    np.testing.assert_array_equal(made, vectors(["a", "b", "c"]))
-    assert f"{file}: damaged, nothing is copied from it" in capsys.readouterr().err
-
-
 def test_every_matrix_of_the_version_before_is_looked_in(tmp_path):
     before = version(tmp_path / "v1", ["a"], untuned_documents=["b"], queries=["c"])
     engine = Counting()
-    make(tmp_path / "next", ["c", "b", "a", "d"], Known.of(before, 2), engine)
+    make(tmp_path / "next", ["c", "b", "a", "d"], Known.of(before), engine)
     assert engine.texts == ["d"]
 
 
-def test_a_version_of_another_width_is_not_looked_in(tmp_path):
-    before = version(tmp_path / "v1", ["a"])
-    assert Known.of(before, 3).rows == []
+def test_matrices_of_two_widths_are_copied_from_side_by_side(tmp_path):
+    """A published model may be wider than the tuned one; the width is in the key."""
+    wide = replace(JOB, dim=3)
 
+    def write(matrices: Matrices, engine: Callable) -> tuple[np.ndarray, np.ndarray]:
+        narrow = matrices.make(matrices.plan("embeddings", lambda: ["a"], JOB, "m"), engine)
+        planned = matrices.plan("published/documents", lambda: ["a", "b"], wide, "p")
+        return narrow, matrices.make(planned, engine)
 
-def test_the_sentences_of_a_pair_are_found_one_by_one(tmp_path):
+    def engine(job: Job, windows: Iterable[tuple[int, list[str]]], shards: Shards) -> None:
+        for number, texts in windows:
+            shards.write(number, Encoded.unseen(np.eye(job.dim, dtype=np.float32)[: len(texts)]))
+
     with writing(Embeddings, tmp_path / "v1", config={}, inputs=[]) as draft:
-        made = make(draft.folder, ["a", "b", "c", "d"], name="sts-tuned")
-        pairs = np.array(made).reshape(2, 2, 2)
-        np.save(draft.folder / "sts-tuned.npy", pairs)
-    engine = Counting()
-    found = make(tmp_path / "next", ["d", "b"], Known.of(Embeddings.open(tmp_path / "v1"), 2), engine)
-    assert engine.texts == []
-    np.testing.assert_array_equal(found, pairs[[1, 0], 1])
+        write(Matrices(draft.folder, Known()), engine)
+    never = Counting()
+    (tmp_path / "next").mkdir()
+    known = Known.of(Embeddings.open(tmp_path / "v1"))
+    narrow, published = write(Matrices(tmp_path / "next", known), never)
+    assert never.jobs == []
+    assert narrow.tolist() == [[1, 0]]
+    assert published.tolist() == [[1, 0, 0], [0, 1, 0]]
 
 
 # --- Matrices ----------------------------------------------------------------------------------------
+
+
+def test_a_row_that_this_run_made_for_another_matrix_is_copied(tmp_path):
+    engine = Counting()
+    matrices = Matrices(tmp_path, Known())
+    for name, texts in (("embeddings", ["a", "b", "cccc"]), ("untuned/documents", ["cccc", "d", "a"])):
+        made = matrices.make(matrices.plan(name, lambda texts=texts: texts, JOB, "m"), engine)
+        np.testing.assert_array_equal(made, vectors(texts))
+    assert engine.texts == ["a", "b", "cccc", "d"]
+    assert matrices.seen("untuned/documents") == {"cut": 1, "unknown_only": 0, "of": 3}
+
+
+def test_a_row_is_copied_from_a_matrix_that_an_earlier_attempt_made(tmp_path):
+    make(tmp_path / "half", ["a", "b"])
+    engine = Counting()
+    matrices = Matrices(tmp_path / "half", Known())
+    for name, texts in (("embeddings", ["a", "b"]), ("untuned/documents", ["b"])):
+        matrices.make(matrices.plan(name, lambda texts=texts: texts, JOB, "m"), engine)
+    assert engine.jobs == []
 
 
 def test_equal_texts_are_encoded_once(tmp_path):
@@ -206,7 +238,7 @@ def test_of_a_next_version_only_new_and_changed_texts_are_encoded(tmp_path):
     before = version(tmp_path / "v1", ["one", "two", "three", "four"])
     engine = Counting()
     after = ["four", "new", "one", "TWO", "one"]  # reordered, one gone, one new, one changed, one named twice
-    made = make(tmp_path / "v2", after, Known.of(before, 2), engine)
+    made = make(tmp_path / "v2", after, Known.of(before), engine)
     assert engine.texts == ["new", "TWO"]
     np.testing.assert_array_equal(made, vectors(after))
 
@@ -214,7 +246,7 @@ def test_of_a_next_version_only_new_and_changed_texts_are_encoded(tmp_path):
 def test_without_a_change_nothing_is_encoded_and_no_engine_called(tmp_path):
     before = version(tmp_path / "v1", ["one", "two"])
     engine = Counting()
-    made = make(tmp_path / "v2", ["one", "two"], Known.of(before, 2), engine)
+    made = make(tmp_path / "v2", ["one", "two"], Known.of(before), engine)
     assert engine.jobs == []
     assert (tmp_path / "v2" / "embeddings.npy").read_bytes() == (before.path / "embeddings.npy").read_bytes()
     np.testing.assert_array_equal(made, vectors(["one", "two"]))
@@ -223,7 +255,7 @@ def test_without_a_change_nothing_is_encoded_and_no_engine_called(tmp_path):
 def test_another_model_copies_nothing(tmp_path):
     before = version(tmp_path / "v1", ["one", "two"])
     engine = Counting()
-    make(tmp_path / "v2", ["one", "two"], Known.of(before, 2), engine, model_hash="another")
+    make(tmp_path / "v2", ["one", "two"], Known.of(before), engine, model_hash="another")
     assert engine.texts == ["one", "two"]
 
 
@@ -233,7 +265,7 @@ def test_whatever_changed_each_row_is_its_texts_and_no_text_is_encoded_twice(tmp
     folder = tmp_path_factory.mktemp("versions")
     before = version(folder / "v1", first)
     engine = Counting()
-    made = make(folder / "v2", second, Known.of(before, 2), engine)
+    made = make(folder / "v2", second, Known.of(before), engine)
     np.testing.assert_array_equal(made, vectors(second).reshape(-1, 2))
     assert sorted(engine.texts) == sorted(set(second) - set(first))
 
@@ -265,6 +297,43 @@ def test_a_whole_matrix_is_not_made_again(tmp_path):
     assert engine.jobs == []
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_note_that_was_cut_is_no_note(tmp_path, content):
+    make(tmp_path / "half", ["a"])
+    (tmp_path / "half" / "keys" / "embeddings.json").write_text(content)
+    engine = Counting()
+    make(tmp_path / "half", ["a"], engine=engine)
+    assert engine.texts == ["a"]
+
+
+@pytest.mark.parametrize("name", ["embeddings.npy", "keys/embeddings.npy", "keys/embeddings.flags.npy"])
+def test_a_finished_matrix_that_was_damaged_since_is_said_and_made_again(tmp_path, capsys, name):
+    make(tmp_path / "half", ["a", "b"])
+    file = tmp_path / "half" / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    engine = Counting()
+    np.testing.assert_array_equal(make(tmp_path / "half", ["a", "b"], engine=engine), vectors(["a", "b"]))
+    assert engine.texts == ["a", "b"]
+    assert f"encode: {file}: damaged" in capsys.readouterr().err
+
+
+def test_a_run_that_copies_nothing_takes_no_matrix_of_one_that_may_have(tmp_path):
+    half = tmp_path / "half"
+    make(half, ["a"], name="queries")
+    with pytest.raises(KeyboardInterrupt):
+        make(half, ["b"], engine=Counting(stops_at=0))
+    reuse.start_fresh(half)
+    left = sorted(path.name for path in half.iterdir())
+    assert [name[:7] for name in left] == ["shards-", "shards-"]  # the folder of shards, and the note of it
+    make(half, ["a"], name="queries")
+    reuse.start_fresh(half)  # the same command again: what the first one made is found
+    engine = Counting()
+    make(half, ["a"], name="queries", engine=engine)
+    assert engine.jobs == []
+
+
 def test_a_half_done_folders_matrix_of_other_texts_is_made_again(tmp_path):
     make(tmp_path / "half", ["a", "b"])
     np.testing.assert_array_equal(make(tmp_path / "half", ["b", "c"]), vectors(["b", "c"]))
@@ -273,23 +342,41 @@ def test_a_half_done_folders_matrix_of_other_texts_is_made_again(tmp_path):
 def test_a_matrix_in_a_folder_below_has_its_keys_beside_the_others(tmp_path):
     make(tmp_path / "v1", ["a"], name="untuned/documents")
     files = sorted(str(file.relative_to(tmp_path / "v1")) for file in (tmp_path / "v1").rglob("*.npy"))
-    assert files == ["keys/untuned-documents.npy", "untuned/documents.npy"]
+    assert files == [
+        "keys/untuned-documents.flags.npy",
+        "keys/untuned-documents.npy",
+        "untuned/documents.npy",
+    ]
 
 
 def test_shards_and_half_written_files_are_gone_when_the_matrix_is_there(tmp_path):
     make(tmp_path / "v1", ["a", "b"])
     names = sorted(path.name for path in (tmp_path / "v1").rglob("*"))
-    assert names == ["embeddings.npy", "embeddings.npy", "keys", "seen-embeddings.json"]
+    assert names == ["embeddings.flags.npy", "embeddings.json", "embeddings.npy", "embeddings.npy", "keys"]
+
+
+TEXTS = ["long", "a", "?", "B", "longer", "?"]
+SEEN = {"cut": 2, "unknown_only": 2, "of": 5}  # "B" was not looked at; "?" stands twice
+
+
+def seen(folder: Path) -> dict[str, int]:
+    return Matrices(folder, Known()).seen("embeddings")
 
 
 def test_what_was_seen_of_the_texts_is_known_after_a_kill_too(tmp_path, monkeypatch):
     monkeypatch.setattr(reuse, "WINDOW", 2)
-    texts = list("abcde")
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "half", texts, engine=Counting(stops_at=2))
-    make(tmp_path / "half", texts)
-    wanted = {"cut": 0, "unknown_only": 0, "of": 5}
-    assert Matrices(tmp_path / "half", Known()).seen("embeddings") == wanted
+        make(tmp_path / "half", TEXTS, engine=Counting(stops_at=1))
+    make(tmp_path / "half", TEXTS)
+    assert seen(tmp_path / "half") == SEEN
+
+
+def test_what_was_seen_of_a_text_is_copied_with_its_row(tmp_path):
+    before = version(tmp_path / "v1", TEXTS[:3])
+    engine = Counting()
+    make(tmp_path / "v2", TEXTS, Known.of(before), engine)
+    assert engine.texts == ["B", "longer"]
+    assert seen(tmp_path / "v2") == SEEN
 
 
 def test_an_engine_that_leaves_a_shard_out_is_refused(tmp_path):

@@ -9,13 +9,15 @@ from benchmarks.encode import Bare, joined, padding_of_library
 from pipeline import throughput
 from pipeline.encoder import load
 from pipeline.throughput import (
+    CUT,
+    UNKNOWN,
     Schedule,
     Window,
     batches_of,
+    beginning,
     encoded,
     fits,
     padded,
-    readable,
     tokenise,
     windows_of,
 )
@@ -105,17 +107,25 @@ def test_a_text_that_stands_twice_in_a_window_is_computed_once(model):
     assert window.lengths.tolist() == [3, 3]  # [CLS] word [SEP]
 
 
-def test_texts_longer_than_the_model_reads_are_counted(tiny_model):
+def test_texts_longer_than_the_model_reads_are_told(tiny_model):
     model = load(str(tiny_model), device="cpu", max_seq_length=4)  # [CLS] and [SEP] are two of them
     texts = ["wave salt", "wave salt moon", "wave", "wave salt moon"]
-    assert tokenise(model, texts, "document").n_cut == 2
-    assert tokenise(model, ["wave salt", "wave"], "document").n_cut == 0  # just as long as it reads
+    assert tokenise(model, texts, "document").flags.tolist() == [0, CUT, 0, CUT]
+    assert tokenise(model, ["wave salt", "wave"], "document").flags.tolist() == [0, 0]  # just as long
 
 
 @pytest.mark.parametrize("prompts", [None, {"document": "bread "}])
-def test_texts_without_a_word_that_the_model_knows_are_counted(tiny_model, prompts):
+def test_texts_without_a_word_that_the_model_knows_are_told(tiny_model, prompts):
     model = load(str(tiny_model), device="cpu", prompts=prompts)
-    assert tokenise(model, ["wave", "🙂🙂", "", "🙂 wave", "🙂🙂"], "document").n_unknown == 3
+    window = tokenise(model, ["wave", "🙂🙂", "", "🙂 wave", "🙂🙂"], "document")
+    assert window.flags.tolist() == [0, UNKNOWN, UNKNOWN, 0, UNKNOWN]
+
+
+def test_a_text_can_be_both_and_flags_take_a_byte(tiny_model):
+    model = load(str(tiny_model), device="cpu", max_seq_length=3)
+    flags = tokenise(model, ["🙂 🙂", "wave"], "document").flags
+    assert (flags.tolist(), flags.dtype) == ([3, 0], np.uint8)
+    assert tokenise(model, [], "document").flags.shape == (0,)
 
 
 def test_many_letters_are_tokenised_a_part_at_a_time(model, monkeypatch):
@@ -127,7 +137,9 @@ def test_many_letters_are_tokenised_a_part_at_a_time(model, monkeypatch):
         np.testing.assert_array_equal(parts.tokens[name], tokens)
     np.testing.assert_array_equal(parts.lengths, whole.lengths)
     np.testing.assert_array_equal(parts.texts, whole.texts)
-    assert (parts.n_cut, parts.n_unknown) == (whole.n_cut, whole.n_unknown) == (1, 1)
+    # the empty text has no word, and the one of 121 words and two more tokens is longer than the model reads
+    wanted = [0, 0, 0, UNKNOWN, 0, 0, 0, 0, CUT, 0]
+    assert parts.flags.tolist() == whole.flags.tolist() == wanted
 
 
 def test_each_window_is_seen_before_its_rows(model):
@@ -313,15 +325,79 @@ def test_padding_is_counted_for_each_token_that_is_read(model):
     assert padding_of_library(model, texts, 1) == 0
 
 
-def test_of_a_long_text_only_the_beginning_is_tokenised():
-    assert readable("one two", 1) == "one two"
-    assert readable("one two three " + "x" * 100, 1) == "one two three " + "x" * 86  # no space: at the limit
-    assert readable("a" * 99 + " bc d" + " e" * 99, 1) == "a" * 99 + " bc"  # at the next space
-    assert readable("a" + " " * 1000 + "b", 1) == "a b"  # spaces hide nothing
+# --- Long texts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("one two", "one two"),
+        ("one two three", "one two"),  # of 10 letters the last is of a word that may go on
+        ("  one\n\ttwo three", "  one"),  # spaces stay as they are: some tokenizers read them
+        ("one     " + " " * 100 + "two", "one     " + " " * 100 + "two"),  # one word may be too few
+        ("onetwothreefour", "onetwothreefour"),
+        (" " * 99, " " * 99),
+    ],
+)
+def test_the_beginning_of_a_text_is_whole_words_as_they_stand(text, kept):
+    assert beginning(text, 10) == kept
+
+
+def test_of_a_long_text_only_the_beginning_is_tokenised(tiny_model, monkeypatch):
+    model = load(str(tiny_model), device="cpu", max_seq_length=4)
+    n_letters, read = 4 * throughput.LETTERS_A_TOKEN, []
+    own = model.preprocess
+    monkeypatch.setattr(model, "preprocess", lambda texts, **how: read.extend(texts) or own(texts, **how))
+    window = tokenise(model, ["wave salt " * 100_000], "document")
+    assert read == [("wave salt " * 40)[: n_letters - len(" salt ")]]
+    assert window.flags.tolist() == [CUT]
+
+
+def byte_level(model, truncation_side: str = "right"):
+    """The model with a tokenizer that gives each byte a token, spaces too, as those of code models do."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: n for n, token in enumerate([*alphabet, "[PAD]"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model[0].processor = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", model_max_length=8, truncation_side=truncation_side
+    )
+    return model
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f():\n" + "\n    return 1" * 500,
+        "if a:" + " " * 2000 + "b",
+        " " * 2000 + "b c",
+        "\n\n" + "abc" * 2000,
+        "a  b" * 300 + " end",
+    ],
+)
+def test_a_long_text_has_the_tokens_of_its_whole_whatever_a_tokenizer_reads(tiny_model, text, side):
+    model = byte_level(load(str(tiny_model), device="cpu", max_seq_length=8), side)
+    whole = model.tokenizer(text)["input_ids"]
+    assert len(whole) == len(text) > 8 * throughput.LETTERS_A_TOKEN  # a byte is a token
+    window = tokenise(model, [text, "a b"], "document")
+    assert window.lengths.tolist() == [8, 3]
+    assert window.tokens["input_ids"][:8].tolist() == (whole[:8] if side == "right" else whole[-8:])
+    assert window.flags.tolist() == [CUT, 0]
+
+
+def test_letters_that_a_tokenizer_drops_hide_no_word(tiny_model):
+    model = load(str(tiny_model), device="cpu", max_seq_length=4)
+    dropped = "\u200b " * 1000  # words to Python, but nothing to BERT, which drops zero-width spaces
+    hidden, plain = (tokenise(model, [text], "document") for text in (dropped + "wave", "wave"))
+    assert hidden.tokens["input_ids"].tolist() == plain.tokens["input_ids"].tolist()
 
 
 def test_a_text_of_a_megabyte_has_the_vector_of_its_beginning(tiny_model):
     model = load(str(tiny_model), device="cpu", max_seq_length=8)
-    beginning = "merge two tables on a key " * 40
-    long, short = next(encoded(model, [[beginning * 1000, beginning]], "document"))
+    text = "merge two tables on a key " * 40
+    long, short = next(encoded(model, [[text * 1000, text]], "document"))
     assert (long == short).all()
