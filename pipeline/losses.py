@@ -253,7 +253,10 @@ def _prompts_of(model: SentenceTransformer, data_set: str) -> PromptTokens:
     prompts = [(model.prompts or {}).get(kind) or "" for kind in ("query", "document")]
     if prompts[0] == prompts[1] or data_set in SENTENCES:
         return PromptTokens()
-    tokens = [[model.tokenizer(prompt + probe)["input_ids"] for probe in PROBES] for prompt in prompts]
+    tokens = [
+        [model.tokenizer(prompt + probe, verbose=False)["input_ids"] for probe in PROBES]
+        for prompt in prompts
+    ]
     query, document = (_n_common(read) for read in tokens)
     longest = model.max_seq_length
     # one token of the longest stands behind the text

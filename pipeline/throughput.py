@@ -8,6 +8,7 @@ and however many cores there are.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Task = Literal["query", "document"]
+
+# oneDNN keeps what it made for each shape of a batch, a thousand of them by default: hundreds of megabytes after
+# a million texts. It reads this when PyTorch multiplies for the first time.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 WINDOW = 4096  # texts that are sorted together: in more of them more are of one length
 WINDOW_CHARACTERS = 16_000_000  # of a window, so that texts of a megabyte do not fill the memory
