@@ -56,14 +56,14 @@ class Encoder:
         batch_size: int = 32,
         precision: str | None = None,
         batch_tokens: int | Literal["auto"] = "auto",
-        devices: Sequence[str] | None = None,
+        devices: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
         self.precision = precision or str(model.dtype).removeprefix("torch.")
         self.dim = int(model.get_embedding_dimension() or 0)
-        self.devices = _gpus(model) if devices is None else list(devices)
+        self.devices = list(devices)
 
     @classmethod
     def open(
@@ -95,7 +95,7 @@ class Encoder:
             str(path), revision=revision, device=device, max_seq_length=max_seq_length, prompts=prompts
         )
         _set_precision(model, precision)
-        return cls(model, batch_size, precision, batch_tokens)
+        return cls(model, batch_size, precision, batch_tokens, _gpus(model))
 
     @property
     def prompts(self) -> dict[str, str]:

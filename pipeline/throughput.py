@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 Task = Literal["query", "document"]
 
-# oneDNN keeps what it made for each shape of a batch, a thousand of them by default: hundreds of megabytes after
-# a million texts. It reads this when PyTorch multiplies for the first time.
+# oneDNN keeps what it made for each shape of a batch, a thousand of them by default: hundreds of megabytes
+# after a million texts. It reads this when PyTorch multiplies for the first time.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 WINDOW = 4096  # texts that are sorted together: in more of them more are of one length

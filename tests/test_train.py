@@ -223,7 +223,7 @@ class Letters:
 def test_the_anchors_own_document_is_not_counted_as_found():
     row = {"anchor_id": "1", "anchor": "a", "positive_id": "2", "positive": "ab"}
     others = {"document_id": ["1", *map(str, range(10, 29))], "text": ["a"] + ["aac"] * 19}
-    evaluator = selection.RetrievalEvaluator(pa.Table.from_pylist([row]), pa.table(others), batch_size=8)
+    evaluator = selection.RetrievalEvaluator(pa.Table.from_pylist([row]), pa.table(others), batch_size=32)
     # 19 documents are nearer than the positive; the anchor's own would be the twentieth
     assert evaluator(Letters()) == {"accuracy_at_20": 1.0}  # type: ignore[arg-type]
 
