@@ -14,7 +14,7 @@ RUN := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check install --quiet
 EXTRAS := --extra pairs --extra import --extra train --extra index --extra evaluate --extra serving --extra demo
 
-.PHONY: help demo real serve test test-twin test-properties cluster test-cluster bench bench-encode bench-train ablation lint lock clean
+.PHONY: help demo real serve test test-twin test-properties test-benchmarks cluster test-cluster bench bench-encode bench-train ablation lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -91,6 +91,9 @@ cluster: .venv/dev  ## a Dask scheduler and two workers for --runner dask, until
 
 test-properties: .venv/dev  ## sessions against Beam's own windows and themselves, 2,000 drawn logs a property
 	@HYPOTHESIS_CASES=2000 POLARS_MAX_THREADS=1 $(RUN) -m pytest tests/test_session_properties.py
+
+test-benchmarks: .venv/dev  ## the scripts of benchmarks/, each run on little
+	@$(RUN) -m pytest -m benchmark tests/test_benchmarks.py tests/test_compare.py tests/test_train.py
 
 test-cluster: .venv/dev  ## stages pairs and encode on a Dask cluster, a worker killed on the way: the same bytes
 	@$(RUN) -m pytest -m cluster tests/test_cluster.py

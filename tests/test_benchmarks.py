@@ -135,7 +135,7 @@ def written(folder: Path, engine: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_writes_the_sessions_of_plain_loops(ran, engine):
     wanted = [
@@ -147,7 +147,7 @@ def test_every_engine_writes_the_sessions_of_plain_loops(ran, engine):
     assert 2 * len(wanted) < N_EVENTS  # else nothing was to be cut
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_writes_the_pairs_of_plain_loops(ran, engine):
     wanted = Counter(pairs_by_loops(events_of(ran[0] / str(N_EVENTS))))
@@ -158,7 +158,7 @@ def test_every_engine_writes_the_pairs_of_plain_loops(ran, engine):
     assert lost <= (0.01 * wanted.total() if engine == "stage" else 0)
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_writes_texts_and_draws_what_is_read_often(ran, engine):
     log = ran[0] / str(N_EVENTS)
@@ -177,7 +177,7 @@ def test_every_engine_writes_texts_and_draws_what_is_read_often(ran, engine):
     assert abs(mean - by_popularity) < abs(mean - alike)
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_table_has_a_line_for_each_engine_and_names_the_machine(ran):
     _, said, markdown = ran
     for text in (said, markdown):
@@ -189,7 +189,7 @@ def test_the_table_has_a_line_for_each_engine_and_names_the_machine(ran):
         assert "duckdb " in text
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_an_engine_that_fails_says_how(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(EngineError, match=r"ended with exit code 1: .*documents\.parquet"):
@@ -322,7 +322,7 @@ def test_engines_are_compared_with_the_default_call_and_the_best_option():
     assert cells[3][2:8] == ["5.0", "5.00", "1.25", "2.5", "0.90000", "0.80000"]
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_every_way_of_encoding_is_measured_on_the_same_texts(capsys, tmp_path):
     engines = ["default", "options", "float32", "bare"]
     sizes = ["--titles", "24", "--passages", "3", "--batch-sizes", "8", "--repeats", "1"]
@@ -479,7 +479,7 @@ def encoded(tmp_path_factory) -> dict[str, encode_million.Measured]:
     return results
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_a_killed_run_ends_with_the_same_bytes(encoded):
     full, killed = encoded["full"], encoded["killed"]
     assert (full.n_documents, full.encoded, full.copied) == (5000, 5000, 0)
@@ -487,7 +487,7 @@ def test_a_killed_run_ends_with_the_same_bytes(encoded):
     assert killed.found.startswith("same bytes as full; ")
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_after_one_percent_changed_the_rest_is_copied_bit_by_bit(encoded):
     # a quarter of 1 % of 5,000 is 12 (12.5): 24 other texts, 12 new ones, 12 gone
     changed = encoded["changed"]
@@ -496,7 +496,7 @@ def test_after_one_percent_changed_the_rest_is_copied_bit_by_bit(encoded):
     assert changed.right
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_the_tiny_model_is_the_first_layer_of_a_real_one(tmp_path):
     folder = encode_million.make_model(tmp_path / "model")
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == 1

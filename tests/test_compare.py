@@ -420,7 +420,7 @@ def test_a_row_that_failed_is_a_line_and_says_why():
     assert "headline is the base row's setting" in said
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 @pytest.mark.timeout(600)
 def test_a_killed_ablation_goes_on_and_its_differences_are_those_of_its_figures(tmp_path, config_file, capfd):
     markdown = tmp_path / "table.md"

@@ -529,6 +529,7 @@ def test_processes_that_cannot_share_a_batch_are_refused_in_one_line(made, tiny_
 # --- The benchmark ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.benchmark
 def test_the_benchmark_trains_each_engine_on_the_same_pairs(made, tiny_model, tmp_path):
     script, file = ROOT / "benchmarks" / "train.py", tmp_path / "table.md"
     given = ["--pairs", str(made.path), "--model", str(tiny_model), "--n_pairs", "64", "--repeats", "1",
