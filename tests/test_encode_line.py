@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from test_encode import TINY, make_model, make_pairs
@@ -263,12 +264,8 @@ def wait_for(true: Callable[[], bool]) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started, and those that they have."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            found += [child, *children(child)]
-    return found
+    """Processes that a process has started, and those that they have; one that ends meanwhile is none."""
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
 def is_running(pid: int) -> bool:
