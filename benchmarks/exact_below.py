@@ -35,7 +35,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # ScaNN searches on the CPU
 
 from benchmarks import machine as machine_
 from pipeline import tuning
-from pipeline.tuning import Answers, Queries, Record, Search
+from pipeline.exact import exact_scores, kth_scores, recall_at_k
+from pipeline.tuning import Record, Search
 
 CORPUS = Path("work/bench/corpus")
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
@@ -251,7 +252,7 @@ def cheapest(measured: Callable[[Search], Record], num_leaves: int, target: floa
 
 def worst_scores(matrix: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Each query's exact K-th best score, float32 (n_queries,)."""
-    return tuning.kth_scores(matrix, Queries(np.arange(len(queries)), queries, nobodys(queries)), K)
+    return kth_scores(matrix, queries, K)
 
 
 def recalls_of(matrix: np.ndarray, queries: np.ndarray, found: np.ndarray, worst: np.ndarray) -> np.ndarray:
@@ -262,13 +263,7 @@ def recalls_of(matrix: np.ndarray, queries: np.ndarray, found: np.ndarray, worst
         found: rows int64 (n_queries, K), each once, -1 for none.
         worst: of `worst_scores`.
     """
-    answers = Answers(found, tuning.exact_scores(matrix, queries, found))
-    return tuning.recalls(worst, answers, nobodys(queries), K)
-
-
-def nobodys(queries: np.ndarray) -> np.ndarray:
-    """Held-out queries are no rows: no own row is left out of an answer."""
-    return np.full(len(queries), -1, np.int32)
+    return recall_at_k(found, exact_scores(matrix, queries, found), worst, K)
 
 
 def timed(

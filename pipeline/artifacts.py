@@ -251,7 +251,7 @@ class Report(Artifact):
     """`report/`: report.json (the keys of `evaluate`) and report.html."""
 
     kind: ClassVar[str] = "report"
-    format: ClassVar[int] = 5  # 4: how the rows were encoded; 5: the recall contract
+    format: ClassVar[int] = 6  # 4: how the rows were encoded; 5: the recall contract; 6: whether it is proved
     stage: ClassVar[str] = "evaluate"
 
     def figures(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.artifacts import Embeddings
 from pipeline.errors import ArtifactError
+from pipeline.exact import TIE, exact_scores, exact_search, kth_scores
 from pipeline.hashing import of_texts
 
 MATRIX = "embeddings.npy"
@@ -264,10 +265,7 @@ def neighbours_of(asked: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         asked: int (n_asked,), rows of the vectors.
         vectors: float32 (n, dim), unit length, more than ten.
     """
-    found = np.empty((len(asked), K), np.int64)
-    for block, scores in scores_of(asked, vectors):
-        found[block] = np.argpartition(scores, -K, axis=1)[:, -K:]
-    return found
+    return exact_search(vectors, vectors[asked], K, asked)[0]
 
 
 def share_kept(nearest: np.ndarray, asked: np.ndarray, before: np.ndarray) -> float:
@@ -277,21 +275,9 @@ def share_kept(nearest: np.ndarray, asked: np.ndarray, before: np.ndarray) -> fl
         nearest: int (n_asked, 10), as `neighbours_of` finds them now.
         before: float32 (n, dim), the same documents' vectors then.
     """
-    n_kept = 0
-    for block, scores in scores_of(asked, before):
-        tenth = np.partition(scores, -K, axis=1)[:, [-K]]
-        n_kept += int((np.take_along_axis(scores, nearest[block], axis=1) >= tenth).sum())
-    return n_kept / nearest.size
-
-
-def scores_of(asked: np.ndarray, vectors: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """(which of the asked, their scores float32 (n_block, n)); no row finds itself."""
-    n_rows = max(1, BLOCK_BYTES // (16 * len(vectors)))  # sorting them takes three times as much again
-    for start in range(0, len(asked), n_rows):
-        block = slice(start, start + n_rows)
-        scores = vectors[asked[block]] @ vectors.T
-        scores[np.arange(len(scores)), asked[block]] = -np.inf
-        yield block, scores
+    queries = before[asked]
+    tenth = kth_scores(before, queries, K, asked)
+    return float((exact_scores(before, queries, nearest) >= tenth[:, None] - TIE).mean())
 
 
 def in_both(now: Iterable[np.ndarray], before: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

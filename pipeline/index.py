@@ -20,29 +20,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from pipeline import saved_index, tuning
+from pipeline import saved_index, tuning, warmup
 from pipeline.artifacts import Embeddings, Index, writing
-from pipeline.builds import (
-    Layer,
-    Settings,
-    as_ask,
-    asking,
-    candidates_of,
-    choose_settings,
-    fastest,
-    leaves_to_try,
-    mib_of,
-    say,
-    say_unless_it_fits,
-    train,
-    try_builds,
-    tuned_layer,
-    words_of,
-)
+from pipeline.builds import try_builds, words_of
 from pipeline.chatter import tensorflow, without_chatter
 from pipeline.checks import first_bad_row
 from pipeline.config import IndexConfig, as_dict
 from pipeline.errors import ArtifactError
+from pipeline.index_settings import (
+    Settings,
+    candidates_of,
+    choose_settings,
+    leaves_to_try,
+    memory_warning,
+    most_entries,
+    served_mib,
+)
+from pipeline.layers import Layer, as_ask, asking, fastest, say, train, tuned_layer
 from pipeline.recall import judged_latency
 from pipeline.tuning import Answers, Judge, Queries, Record, Search, Trial
 
@@ -116,7 +110,11 @@ def run(config: IndexConfig, embeddings: Embeddings, out: Path) -> Index:
         extra = draft.folder / "assets.extra"
         extra.mkdir(exist_ok=True)
         shutil.copyfile(embeddings.path / "documents.parquet", extra / "documents.parquet")
-        draft.rows.update(documents=len(matrix), found=n_found)
+        asked = tuned.shipped if settings.num_leaves else Search(1, config.k)
+        n_warm = warmup.write_requests(
+            draft.folder, matrix, k=config.k, search=asked, max_queries=config.max_queries
+        )
+        draft.rows.update(documents=len(matrix), found=n_found, warmup_requests=n_warm)
         draft.facts.update(
             layer=config.layer if settings.num_leaves else "exact",
             reason=reason,
@@ -139,8 +137,8 @@ def check_embeddings(embeddings: Embeddings, matrix: np.ndarray) -> None:
     again = "run stage encode --force"
     if matrix.ndim != 2 or matrix.dtype != np.float32 or not matrix.size:
         raise ArtifactError(
-            f"{embeddings.path}/embeddings.npy holds {matrix.dtype} {matrix.shape}, "
-            f"wanted float32 (rows, dim) with at least one document: {again}"
+            f"{embeddings.path}/embeddings.npy holds {in_words(matrix)}, "
+            f"wanted float32 vectors of one width, of at least one document: {again}"
         )
     n_rows = pq.read_metadata(embeddings.path / "documents.parquet").num_rows
     if n_rows != len(matrix):
@@ -161,14 +159,23 @@ def check_embeddings(embeddings: Embeddings, matrix: np.ndarray) -> None:
     n_queries = pq.read_metadata(embeddings.path / "queries.parquet").num_rows
     if queries.shape != (n_queries, matrix.shape[1]):
         raise ArtifactError(
-            f"{embeddings.path}/queries.npy has shape {queries.shape}, wanted ({n_queries}, "
-            f"{matrix.shape[1]}): a row of queries.parquet each, as wide as embeddings.npy: {again}"
+            f"{embeddings.path}/queries.npy holds {in_words(queries)}, wanted {n_queries:,}, one for each "
+            f"row of queries.parquet, of {matrix.shape[1]:,} numbers, as many as in embeddings.npy: {again}"
         )
     bad = first_bad_row(queries)
     if bad is not None:
         raise ArtifactError(
             f"{embeddings.path}/queries.npy row {bad[0]} {bad[1]}, wanted unit length: {again}"
         )
+
+
+def in_words(vectors: np.ndarray) -> str:
+    """What an array of vectors is, for a message."""
+    if vectors.ndim == 2:
+        s = "" if len(vectors) == 1 else "s"
+        return f"{len(vectors):,} {vectors.dtype} vector{s} of {vectors.shape[1]:,} numbers"
+    sizes = " x ".join(f"{size:,}" for size in vectors.shape)
+    return f"{sizes or 'one'} {vectors.dtype} numbers and no list of vectors"
 
 
 # Builds
@@ -190,20 +197,28 @@ def make(
     assets = None
     if settings.num_leaves is not None:
         settings, trials, assets = try_builds(config, settings, matrix, dev, scratch)
-        if assets is None:
-            say(f"building with {words_of(settings.as_build())}")
-            assets = train(config, settings, matrix, scratch)
-        if not trials:  # a trial has told it before
-            say_unless_it_fits(config, mib_of(config, settings.as_build(), matrix, len(assets.owners)))
+    if not trials:  # a trial has told it before
+        say_if_it_will_not_fit(config, settings, matrix.shape)
+    if settings.num_leaves is not None and assets is None:
+        say(f"building with {words_of(settings.as_build())}")
+        assets = train(config, settings, matrix, scratch)
     ids = pq.read_table(embeddings.path / "documents.parquet", columns=["document_id"])["document_id"]
     layer = tuned_layer(config, settings)
     with without_chatter():
         layer.index(matrix, ids.to_numpy(), assets=assets)
     n_entries = len(assets.owners) if assets is not None else 0
-    return layer, settings, told(trials, n_entries, TUNED_VARIES if assets is not None else [])
+    return layer, settings, told(trials, n_entries, _varies(config, settings, len(matrix)) if assets else [])
 
 
-# What building again does not give bit for bit, and why; all else hangs on the seed alone.
+def say_if_it_will_not_fit(config: IndexConfig, settings: Settings, shape: tuple[int, ...]) -> None:
+    """Before anything is trained, with as many second leaves as there can be."""
+    n_entries = 0 if settings.num_leaves is None else most_entries(settings.spill, shape[0])
+    mib = served_mib(config, settings.quantize_reordering or "float32", shape, n_entries)
+    if line := memory_warning(config, mib):
+        say(line)
+
+
+# What building again does not give bit for bit, and why. All else hangs on the seed alone.
 TIMED = (
     "num_leaves_to_search and num_reordering_candidates, where they are auto: the cheapest setting is found "
     "by measuring time, which decides between near equals"
@@ -214,6 +229,18 @@ TUNED_VARIES = [
     "num_leaves, spill, anisotropic_quantization_threshold and quantize_reordering, where they are auto: "
     "builds are compared by measured time",
 ]
+STARTED_AT_RANDOM = (
+    "the tree and the codes: k-means starts at random rows, which ScaNN takes in another order each time; "
+    "its seeded start, k-means++, would take longer than all the rest of the training at this size"
+)
+
+
+def _varies(config: IndexConfig, settings: Settings, n_rows: int) -> list[str]:
+    from pipeline.scann_assets import starts_at_random
+
+    n_training_rows = min(config.training_sample_size, n_rows)
+    is_random = starts_at_random(settings.num_leaves or 1, n_training_rows)
+    return [*TUNED_VARIES, STARTED_AT_RANDOM] if is_random else TUNED_VARIES
 
 
 def told(trials: Sequence[Trial], n_entries: int, varies: Sequence[str]) -> dict[str, Any]:
@@ -387,9 +414,7 @@ def stored_recall(
     for kind, queries in judge.by_kind.items():
         some = queries.part(slice(N_STORED_QUERIES))
         k = judge.k + int((some.own >= 0).any())
-        rows = layer.served().exact(some.vectors, k)[1].numpy()
-        answers = Answers(rows, tuning.exact_scores(matrix, some.vectors, rows))
-        shares.append(tuning.recalls(judge.kth[kind][: len(some.rows)], answers, some.own, judge.k))
+        shares.append(judge.recalls(kind, layer.served().exact(some.vectors, k)[1].numpy()))
     recall = float(np.mean(np.concatenate(shares)))
     say(f"exact search over the {settings.quantize_reordering} rows: recall@{judge.k} {recall:.4f}")
     return round(recall, 6)

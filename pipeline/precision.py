@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import encoder
-from pipeline.recall import TIE, K, exact_search
+from pipeline.exact import exact_scores, exact_search, kth_scores
+from pipeline.exact import recall_at_k as exact_recall
+from pipeline.recall import K
 from pipeline.throughput import windows_of
 
 if TYPE_CHECKING:
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 TRIED = ("bfloat16", "mixed")  # the fastest first
 EXACT = "float32"
 MAX_QUERIES = 5000  # of the sample: recall then varies by less than 0.001 from one sample to another
-AT_ONCE = 500  # queries
 WORTH = 4  # times the sample: with fewer rows the check costs about what it can save
 
 
@@ -121,26 +122,9 @@ def recall_at_k(exact: np.ndarray, rows: np.ndarray, queries: np.ndarray, k: int
     if k < 1:
         return 1.0
     asked = exact[queries]
-    _, scores = _without_own(exact, asked, queries, k)
-    found, _ = _without_own(rows, asked, queries, k)
-    # In blocks: 5,000 queries' ten rows at once would take 80 MB.
-    scores_of_found = np.concatenate(
-        [
-            np.einsum("nd,nkd->nk", asked[start : start + AT_ONCE], exact[found[start : start + AT_ONCE]])
-            for start in range(0, len(asked), AT_ONCE)
-        ]
-    )
-    return float((scores_of_found >= scores.min(axis=1, keepdims=True) - TIE).mean())
-
-
-def _without_own(
-    rows: np.ndarray, asked: np.ndarray, own: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k best rows of each query and their scores, both (n_queries, k), its own row left out."""
-    found, scores = exact_search(rows, asked, k + 1)
-    scores[found == own[:, None]] = -np.inf
-    best = np.argsort(-scores, axis=1)[:, :k]
-    return np.take_along_axis(found, best, axis=1), np.take_along_axis(scores, best, axis=1)
+    found, _ = exact_search(rows, asked, k, queries)
+    kth = kth_scores(exact, asked, k, queries)
+    return float(exact_recall(found, exact_scores(exact, asked, found), kth, k).mean())
 
 
 def _rows(

@@ -1,7 +1,8 @@
 """How much the index loses against exact search over the same vectors, and whether that keeps its contract.
 
 The contract is recall@k of every kind of queries on test queries, k being index.k, and the latency and the
-memory that the index was told to keep to. One exact search serves all of it.
+memory that the index was told to keep to. It is proved by at least LEAST_QUERIES test queries, or by an index
+that searches float32 rows exactly. One exact search serves all of it.
 """
 
 from collections import Counter
@@ -20,6 +21,7 @@ from pipeline.artifacts import Index
 from pipeline.bootstrap import bootstrap, estimate, number
 from pipeline.config import EvaluateConfig
 from pipeline.errors import ArtifactError
+from pipeline.exact import exact_scores, exact_search, first_others, recall_at_k
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,10 +37,8 @@ SAID_OF_AN_INDEX = (
     "reason", "builds", "stored_recall", "batched_qps", "load_seconds", "bytes", "n_entries",
     "not_reproducible",
 )  # fmt: skip
-BLOCK_BYTES = 8 << 20  # of scores, or of gathered vectors, at once
-BLOCK_QUERIES = 256  # of exact search at once: enough for a fast product, few enough for long blocks
-BLOCK_ANSWERS = 4096  # rows of found.parquet at once
-TIE = 1e-6  # two float32 sums of 384 products of the same vectors differ by about 1e-7
+LEAST_QUERIES = 10  # test queries of one kind; the recall of fewer hangs on which few they are
+BLOCK_ANSWERS = 1024  # rows of found.parquet at once: a thousand answers each are 8 MB of row numbers
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def index_figures(
     chosen = [sample(asked[asked["shipped"]], kind, config.n_queries, rng) for kind in KINDS]
     needed = np.unique(np.concatenate(chosen)).astype(np.int64)
     measured = asked[asked["query"].isin(needed)]
-    exact = nearest(matrix, vectors, queries, needed, max(K, settings["k"]) + 1)
+    exact = nearest(matrix, vectors, queries, needed, max(K, settings["k"]))
     measured = with_recalls(index.path / "found.parquet", measured, matrix, vectors, exact, settings["k"])
     shipped = measured[measured["shipped"]]
     figures = {
@@ -137,6 +137,7 @@ def contract(index: Index, kinds: list[dict[str, Any]]) -> dict[str, Any]:
         "kind": worst.get("name"),
         "interval": worst.get("interval"),
         "n_queries": worst.get("n_queries", 0),
+        "proved": is_proved(facts, kinds),
         "kinds": kinds,
         "requests": requests,
         "target_latency_ms": config.get("target_latency_ms"),
@@ -144,6 +145,24 @@ def contract(index: Index, kinds: list[dict[str, Any]]) -> dict[str, Any]:
         "memory_mib": config.get("memory_mib"),
         "served_mib": facts.get("memory_mib"),
     }
+
+
+def is_proved(facts: Mapping[str, Any], kinds: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the recall that was measured says anything of other queries.
+
+    Exact search over float32 rows finds all there is, whoever asks. Else one kind of queries at least must be
+    LEAST_QUERIES strong; a smaller one beside it is judged too, and proves nothing.
+
+    Args:
+        facts: those of the index.
+        kinds: figures of `by_kind`.
+    """
+    is_truth = facts["layer"] == "exact" and facts["settings"].get("quantize_reordering") in (None, "float32")
+    return is_truth or _most_queries(kinds) >= LEAST_QUERIES
+
+
+def _most_queries(kinds: Sequence[Mapping[str, Any]]) -> int:
+    return max((kind["n_queries"] for kind in kinds), default=0)
 
 
 def judged_latency(facts: Mapping[str, Any], requests: str) -> float | None:
@@ -179,6 +198,7 @@ def shortfalls(index: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Shor
         recalls += [(kind, f"recall@{k} of {words}", kinds.get(kind)) for kind, words in KINDS.items()]
     return [
         *_of_recall(recalls, target),
+        *_of_proof(reached),
         *_at_most(
             "index.contract.latency_ms",
             reached.get("latency_ms"),
@@ -209,6 +229,21 @@ def _of_recall(recalls: Sequence[tuple[str, str, float | None]], target: float) 
             )
         elif recall is None and kind == "document":  # the other kinds need not be there
             yield Shortfall(name, None, wanted, "there are no held-out queries: run stages encode and index")
+
+
+def _of_proof(contract: Mapping[str, Any]) -> Iterator[Shortfall]:
+    """Too few test queries; where there are none, that recall was not measured says it."""
+    if contract.get("proved") is not False:
+        return
+    n_queries = _most_queries(contract["kinds"])
+    if n_queries:
+        yield Shortfall(
+            "the number of test queries",
+            f"{n_queries}",
+            f"at least {LEAST_QUERIES} of one kind to prove index.target_recall",
+            "hold out more (a longer log, a larger pairs.holdout_share, no lower evaluate.n_queries), or "
+            "raise index.exact_below above the number of documents: exact search needs no proof",
+        )
 
 
 def _at_most(
@@ -363,10 +398,7 @@ def with_recalls(
         start += len(batch)
         query, rows = here["query"].to_numpy().astype(np.int64), padded(here["document_rows"], -1)
         scores = padded(here["scores"], np.nan)
-        size = max(1, BLOCK_BYTES // (4 * matrix.shape[1] * max(1, rows.shape[1])))
-        for begin in range(0, len(query), size):
-            some = slice(begin, begin + size)
-            parts.append(recalls(matrix, vectors, exact, query[some], rows[some], scores[some], k))
+        parts.append(recalls(matrix, vectors, exact, query, rows, scores, k))
     added = np.concatenate(parts)
     names = ("recall_at_k", "recall_at_10", "error")
     return measured.assign(**{name: added[:, column] for column, name in enumerate(names)})
@@ -398,41 +430,18 @@ def recalls(
     """
     place = exact.places(query)
     own = exact.own[place]
-    there = (rows >= 0) & (rows != own[:, None])
-    order = np.cumsum(there, axis=1)  # the query's own document counts for nothing
-    products = (matrix[np.maximum(rows, 0)] @ np.asarray(vectors[query])[:, :, None])[:, :, 0]
+    products = exact_scores(matrix, np.asarray(vectors[query]), rows)
     found = []
     for first in (k, K):
         wanted = np.minimum(first, len(matrix) - (own >= 0))
-        kept = np.where(there & (order <= first), rows, -1)
+        kept = first_others(rows, own, first)
         found.append(recall_at_k(kept, products, exact.worst(place, wanted), wanted))
-    counted = there & (order <= max(k, K))
+    counted = first_others(rows, own, max(k, K)) >= 0
     error = np.where(counted, np.abs(products - scores), 0).max(axis=1, initial=0)
     return np.stack([*found, error], axis=1)
 
 
-def recall_at_k(rows: np.ndarray, scores: np.ndarray, worst: Any, k: Any) -> np.ndarray:
-    """Share of the exact top k that was returned; a document as near as the k-th counts as one of them.
-
-    By ids alone an index would be blamed for returning the other of two documents with the same text.
-
-    Args:
-        rows: the documents returned, int (..., n), -1 for none; one returned twice counts once.
-        scores: their exact scores, (..., n).
-        worst: the exact score of the k-th best document, (...).
-        k: how many there are to find, int (...).
-
-    Returns:
-        0.0 to 1.0, no unit, (...); 1.0 where there is nothing to find.
-
-    Source: ann-benchmarks ann_benchmarks/plotting/metrics.py, `knn` (a threshold on the distance).
-    """
-    right = np.where(scores >= np.asarray(worst)[..., None] - TIE, rows, -1)
-    n_right = (np.diff(np.sort(right, axis=-1), axis=-1, prepend=-1) > 0).sum(axis=-1)
-    return np.where(np.equal(k, 0), 1.0, np.minimum(n_right, k) / np.maximum(k, 1))
-
-
-# --- exact search -----------------------------------------------------------------------------------------
+# --- the truth --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -463,10 +472,9 @@ class Nearest:
 def nearest(
     matrix: np.ndarray, vectors: np.ndarray, queries: "pd.DataFrame", needed: np.ndarray, k: int
 ) -> Nearest:
-    """Exact search for the needed queries, k deep before their own documents are left out."""
-    rows, scores = exact_search(matrix, np.asarray(vectors[needed]), k)
+    """Exact search for the needed queries, their own documents left out."""
     own = own_rows(queries)[needed]
-    scores[rows == own[:, None]] = -np.inf
+    rows, scores = exact_search(matrix, np.asarray(vectors[needed]), k, own)
     best = rows[np.arange(len(rows)), scores.argmax(axis=1)] if len(needed) else own
     return Nearest(needed, -np.sort(-scores, axis=1), own, np.where(own >= 0, own, best))
 
@@ -474,45 +482,3 @@ def nearest(
 def own_rows(queries: "pd.DataFrame") -> np.ndarray:
     """The row that a query must not find, int64 (n_queries,): its own document, or -1 for what was typed."""
     return np.where(queries["kind"] == "document", queries["document_row"], -1).astype(np.int64)
-
-
-def exact_search(matrix: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k highest dot products of each query, in no order, a block of documents at a time.
-
-    Behind the first blocks few documents are among a query's best so far, so only those are sorted in.
-
-    Args:
-        matrix: float32 (n_documents, dim), may be memory-mapped.
-        queries: float32 (n_queries, dim).
-
-    Returns:
-        rows int64 and scores float32, both (n_queries, min(k, n_documents)).
-    """
-    k = min(k, len(matrix))
-    rows = np.full((len(queries), k), -1, np.int64)
-    scores = np.full((len(queries), k), -np.inf, np.float32)
-    size = max(k, BLOCK_BYTES // (4 * min(BLOCK_QUERIES, max(len(queries), 1))))
-    for start in range(0, len(matrix), size):
-        block = np.asarray(matrix[start : start + size]).T
-        for first in range(0, len(queries), BLOCK_QUERIES):
-            some = slice(first, first + BLOCK_QUERIES)
-            _sort_in(queries[some] @ block, start, rows[some], scores[some])
-    return rows, scores
-
-
-def _sort_in(products: np.ndarray, start: int, rows: np.ndarray, scores: np.ndarray) -> None:
-    """Take over into rows and scores, (n, k), what is better in products (n, m) of rows from start on."""
-    k = scores.shape[1]
-    better = products > scores.min(axis=1, keepdims=True)
-    at, column = np.nonzero(better)
-    if not len(at):
-        return
-    n_better = np.bincount(at, minlength=len(products))
-    place = k + np.arange(len(at)) - np.repeat(np.cumsum(n_better) - n_better, n_better)
-    both = np.full((len(products), k + n_better.max()), -np.inf, np.float32)
-    both_rows = np.full(both.shape, -1, np.int64)
-    both[:, :k], both_rows[:, :k] = scores, rows
-    both[at, place], both_rows[at, place] = products[at, column], start + column
-    best = np.argpartition(-both, k - 1, axis=1)[:, :k]
-    scores[:] = np.take_along_axis(both, best, axis=1)
-    rows[:] = np.take_along_axis(both_rows, best, axis=1)

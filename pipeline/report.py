@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import STORAGES
 from pipeline.recall import KINDS as ASKED
 from pipeline.recall import shortfalls
 
@@ -56,7 +57,6 @@ POPULARITY = {
     "never": "never read in training",
 }
 BUILD_SETTINGS = ("num_leaves", "spill", "anisotropic_quantization_threshold", "quantize_reordering")
-STORAGES = ("float32", "float16", "bfloat16", "int8")  # of the rows that candidates are scored by
 PERCENTILES = {"p50": "median", "p95": "95th percentile", "p99": "99th"}
 FORGETTING = 0.02  # a larger fall of Spearman is called out
 MANY_CUT = 0.1  # of the texts longer than the model reads: then passages are advised

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.tuning import TIE, Search, seconds_each
+from pipeline.exact import TIE
+from pipeline.tuning import Search, seconds_each
 
 MAX_BATCH = 1024  # queries
 MOST_SECONDS = 30.0  # that single queries are timed for

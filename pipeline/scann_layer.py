@@ -19,16 +19,18 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_recommenders.layers import factorized_top_k
 
+from pipeline.config import STORAGES, Storage
 from pipeline.scann_assets import MIN_ROWS, Assets, build
 from pipeline.served import NO_SCORE, Limits, Served
-from pipeline.stored_rows import STORAGES, Storage, as_ids, as_rows, check_rows
+from pipeline.stored_rows import as_ids, as_rows, check_rows
 
 
 class TunedScaNN(factorized_top_k.ScaNN):
     """Approximate search over unit rows by their dot product.
 
     Called as tfrs's layer is: `layer(queries, k)` gives (scores, rows or identifiers). `save` writes the
-    signatures `serving_default`, `search`, `exact` and, with identifiers, `search_filtered`.
+    signatures `serving_default`, `serving_default_batch`, `search`, `exact` and, with identifiers,
+    `search_filtered`.
 
     Args beside tfrs's own:
         num_leaves: None for exact search alone, with the same signatures.
@@ -36,11 +38,13 @@ class TunedScaNN(factorized_top_k.ScaNN):
             With spilling a row may be among them twice. At least k rows are always rescored, and all of
             them where as many are asked for as there are rows.
         spherical: leaves are trained by direction, as dot products of unit rows want it.
-        training_sample_size: rows that leaves are trained on; None: all.
+        training_iterations, training_sample_size: as `build` takes them, whose defaults these are.
         anisotropic_quantization_threshold: None for plain codes. 0.2 is for 100 dimensions; 384 want 0.088.
         quantize_reordering: how rows are stored, and so rescored.
         spill: SOAR's lambda (1.5), or None: each row in one leaf.
         seed: of k-means and of samples.
+        random_init: how k-means starts, as `build` takes it. Where it starts at random rows, the same seed
+            does not build the same index bit for bit.
         limits: see Limits.
         exact_below_allowed: a filter that allows at most so many rows is answered exactly.
     """
@@ -52,18 +56,19 @@ class TunedScaNN(factorized_top_k.ScaNN):
         distance_measure: str = "dot_product",
         num_leaves: int | None = 100,
         num_leaves_to_search: int = 10,
-        training_iterations: int = 12,
+        training_iterations: int = 8,
         dimensions_per_block: int = 2,
         num_reordering_candidates: int | None = None,
         parallelize_batch_searches: bool = True,
         name: str | None = None,
         *,
         spherical: bool = True,
-        training_sample_size: int | None = None,
+        training_sample_size: int | None = 250_000,
         anisotropic_quantization_threshold: float | None = 0.088,
         quantize_reordering: Storage = "float32",
         spill: float | None = 1.5,
         seed: int = 7,
+        random_init: bool | None = None,
         limits: Limits | None = None,
         exact_below_allowed: int = 10_000,
     ) -> None:
@@ -94,6 +99,7 @@ class TunedScaNN(factorized_top_k.ScaNN):
             "anisotropic_quantization_threshold": anisotropic_quantization_threshold,
             "spill": spill,
             "seed": seed,
+            "random_init": random_init,
         }
         self._storage = quantize_reordering
         self._num_leaves_to_search = num_leaves_to_search

@@ -7,8 +7,8 @@ SavedModel is loaded, so that no request makes it and none carries what it is ma
 Row -1 stands for no row, inside this module.
 
 A document in several passages is several rows with one id. `search`, `exact` and `search_filtered` answer by
-documents: inside this module a document's number is its first row. `serving_default`, `find` and `ask` answer
-by rows.
+documents: inside this module a document's number is its first row. `serving_default`, its batch, `find` and
+`ask` answer by rows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from pipeline.config import Storage
 from pipeline.scann_assets import Assets
-from pipeline.stored_rows import BLOCK_ROWS, Storage, StoredRows
+from pipeline.stored_rows import BLOCK_ROWS, StoredRows
 
 BLOCK_FLOATS = 1 << 19  # of gathered rows at once, 2 MB: more leaves the core's cache
 BLOCK_SCORES = 1 << 22  # of exact search at once, 16 MB
@@ -139,6 +140,7 @@ class Served(tf.Module):
         one = tf.TensorSpec([None], tf.float32, "input_1")
         made = {
             "serving_default": _function(self._serving_default, one),
+            "serving_default_batch": _function(self._serving_default_batch, queries),
             "search": _function(self._search, queries, k, leaves, candidates),
             "exact": _function(self._exact, queries, k),
         }
@@ -164,6 +166,17 @@ class Served(tf.Module):
         else:
             scores, rows = (found[0] for found in self.exact(query[tf.newaxis], k))
         return {"output_1": _any_rank(scores), "output_2": _any_rank(rows)}
+
+    def _serving_default_batch(self, queries: Any) -> dict[str, Any]:
+        """Several queries of `serving_default` at once, for a server that joins the requests of a moment.
+
+        Answers are min(k, n_rows) wide: row -1 and NO_SCORE where fewer were found. ScaNN picks leaves for
+        one query by another arithmetic than for several, so a query may have other candidates than alone.
+        """
+        k = min(self.k, self.n_rows)
+        found = self.find(self._checked(queries), k, *self.defaults(k))
+        scores, rows = (tf.ensure_shape(each, [None, k]) for each in found)
+        return {"scores": scores, "rows": rows}
 
     def _search(
         self, queries: Any, k: Any, num_leaves_to_search: Any, num_reordering_candidates: Any
@@ -215,14 +228,15 @@ class Served(tf.Module):
         scores, rows = tf.where(good, scores, NO_SCORE), tf.where(good, rows, -1)
         return {"scores": scores, "document_ids": self.ids_of(rows)}
 
-    def _checked(self, queries: Any, k: Any, leaves: Any = None, candidates: Any = None) -> Any:
-        """The queries; the graph refuses what a request must not ask for."""
+    def _checked(self, queries: Any, k: Any = None, leaves: Any = None, candidates: Any = None) -> Any:
+        """The queries; the graph refuses what a request must not ask for, of what it names."""
         ranges = {
             "number of queries": (tf.shape(queries)[0], 1, self.limits.queries),
             "width of a query": (tf.shape(queries)[1], self.dim, self.dim),
-            "k": (k, 1, self.limits.k),
             **_finite(queries),
         }
+        if k is not None:
+            ranges["k"] = (k, 1, self.limits.k)
         if leaves is not None:
             ranges["num_leaves_to_search"] = (leaves, 1, 2**31 - 1)
             ranges["num_reordering_candidates"] = (candidates, 1, self.limits.num_reordering_candidates)

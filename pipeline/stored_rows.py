@@ -6,15 +6,15 @@ Importing this imports TensorFlow.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from pipeline.config import Storage
+
 BLOCK_ROWS = 1 << 14  # read at once: 25 MB of 384 floats
 
-Storage = Literal["float32", "float16", "bfloat16", "int8"]
-STORAGES: tuple[str, ...] = get_args(Storage)
 MOST_SHOWN = 60  # letters of an identifier
 MOST_OFF = 1e-3  # of a unit row's length; half precision leaves it 2 * 10^-4 off at most
 

@@ -138,7 +138,11 @@ def build_searcher(rows: np.ndarray, settings: dict[str, Any], seed: int) -> Any
         with without_chatter():
             return scann_ops.create_searcher(rows, text_format.MessageToString(scann_config))
     except tf.errors.InvalidArgumentError as error:
-        raise PipelineError(f"ScaNN cannot build with {settings}: {error.message}") from None
+        said = ", ".join(f"{name} {value}" for name, value in settings.items())
+        raise PipelineError(
+            f"ScaNN cannot build over {rows.shape[0]:,} rows of {rows.shape[1]:,} numbers with {said}: "
+            f"{error.message}"
+        ) from None
 
 
 def build_scann(state: Any, settings: dict[str, Any]) -> Any:

@@ -8,14 +8,13 @@ target; the cheapest of these is a matter of time, which `seconds_each` measures
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
-BLOCK_SCORES = 1 << 24  # scores held at once: 64 MB
-BLOCK_FLOATS = 1 << 24  # of rows gathered at once: 64 MB
-TIE = 1e-6  # float32 dot products of unit vectors differ by less between two ways of adding up
+from pipeline.exact import exact_scores, first_others, kth_scores, recall_at_k
+
 CANDIDATES = (30, 50, 100, 200, 400, 800, 1600, 3200, 6400, 12_800)  # entries to rescore, beside k itself
 KEPT = 3  # of so many builds one stays for the next round
 MIN_SAMPLE = 5000  # rows; fewer make too few leaves to tell builds apart
@@ -142,7 +141,11 @@ class Judge:
         counts = {kind: len(queries.rows) for kind, queries in by_kind.items()}
         self.too_few = {kind: n for kind, n in counts.items() if not can_prove(n, target)}
         self.by_kind = {kind: q for kind, q in by_kind.items() if kind not in self.too_few}
-        self.kth = {kind: kth_scores(rows, q, self.k, progress) for kind, q in self.by_kind.items()}
+        watch = _shown if progress else iter
+        self.kth = {
+            kind: kth_scores(rows, queries.vectors, self.k, queries.own, watch)
+            for kind, queries in self.by_kind.items()
+        }
 
     def record(self, ask: Ask, search: Search) -> Record:
         """Recall@k at this setting, of the kind with the lowest bound."""
@@ -150,15 +153,21 @@ class Judge:
         for kind, queries in self.by_kind.items():
             n_own = int((queries.own >= 0).any())  # the own document is asked for and left out
             answers = ask(queries.vectors, self.k + n_own, search)
-            shares = self.recalls(kind, answers)
+            shares = self.recalls(kind, answers.rows)
             records.append(Record(search, kind, float(shares.mean()), lower_bound(shares)))
         return min(records, key=lambda record: record.low)
 
-    def recalls(self, kind: str, answers: Answers) -> np.ndarray:
-        """Share of the exact top k that was found, a query each: scores are computed again from the rows."""
-        queries = self.by_kind[kind]
-        answers = Answers(answers.rows, exact_scores(self.rows, queries.vectors, answers.rows))
-        return recalls(self.kth[kind], answers, queries.own, self.k)
+    def recalls(self, kind: str, found: np.ndarray) -> np.ndarray:
+        """Share of the exact top k that was found, float64 (n,), a query each.
+
+        Args:
+            found: rows int (n, at least k), best first, -1 for none: of the first n queries of the kind.
+                Their scores are computed again from the float32 rows.
+        """
+        queries = self.by_kind[kind].part(slice(len(found)))
+        found = first_others(found, queries.own, self.k)
+        scores = exact_scores(self.rows, queries.vectors, found)
+        return recall_at_k(found, scores, self.kth[kind][: len(found)], self.k)
 
     def vectors(self, n: int) -> np.ndarray:
         """Queries to time with, all kinds in turn: float32 (at most n, dim)."""
@@ -167,67 +176,9 @@ class Judge:
         return np.concatenate(parts)[:n]
 
 
-def kth_scores(rows: np.ndarray, queries: Queries, k: int, progress: bool = False) -> np.ndarray:
-    """The exact k-th best score of every query, its own document left out, over row blocks.
-
-    Args:
-        rows: float32 (n_rows, dim).
-        k: lowered to the number of rows where there are fewer.
-
-    Returns:
-        float32 (n_queries,); -inf where a query has fewer than k rows beside its own.
-    """
-    n_queries, k = len(queries.vectors), min(k, len(rows))
-    best = np.full((n_queries, k), -np.inf, np.float32)
-    n_rows = max(1, BLOCK_SCORES // max(1, n_queries))
-    blocks = range(0, len(rows), n_rows)
-    quiet = not progress or len(blocks) < 3
-    for start in tqdm(blocks, desc="index: exact answers", unit="block", disable=quiet, leave=False):
-        scores = queries.vectors @ rows[start : start + n_rows].T  # (n_queries, n_rows)
-        own = np.flatnonzero((queries.own >= start) & (queries.own < start + scores.shape[1]))
-        scores[own, queries.own[own] - start] = -np.inf
-        # After the first blocks few queries find anything better: only those are sorted again.
-        better = np.flatnonzero(scores.max(axis=1) > best.min(axis=1))
-        both = np.concatenate([best[better], scores[better]], axis=1)
-        best[better] = np.partition(both, both.shape[1] - k, axis=1)[:, -k:]
-    return best.min(axis=1)
-
-
-def exact_scores(rows: np.ndarray, vectors: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Scores of found rows by the float32 rows, whatever the index stores.
-
-    Args:
-        found: int (n_queries, k), -1 where there is none.
-
-    Returns:
-        float32 (n_queries, k), -inf where there is none.
-    """
-    scores = np.full(found.shape, -np.inf, np.float32)
-    size = max(1, BLOCK_FLOATS // max(1, found.shape[1] * rows.shape[1]))
-    for start in range(0, len(found), size):
-        part = found[start : start + size]
-        gathered = np.asarray(rows[np.maximum(part, 0)])
-        new = np.matmul(gathered, vectors[start : start + size, :, None])[..., 0]
-        scores[start : start + size] = np.where(part >= 0, new, -np.inf)
-    return scores
-
-
-def recalls(kth: np.ndarray, answers: Answers, own: np.ndarray, k: int) -> np.ndarray:
-    """Share of the exact top k that was found, a query each.
-
-    A found row counts where its exact score reaches the k-th: of equal documents any will do. Only the
-    first k beside the own document count, and a row once.
-
-    Args:
-        kth: float32 (n,), from `kth_scores`.
-        answers: best first, with scores computed exactly; more than k where own documents were asked for.
-        own: int32 (n,), rows that do not count.
-    """
-    there = (answers.rows >= 0) & (answers.rows != own[:, None])
-    there &= np.cumsum(there, axis=1) <= k
-    right = np.where(there & (answers.scores >= kth[:, None] - TIE), answers.rows, -1)
-    n_right = (np.diff(np.sort(right, axis=1), axis=1, prepend=-1) > 0).sum(axis=1)
-    return np.minimum(n_right, k) / k
+def _shown(starts: range) -> Iterable[int]:
+    """The starts of the blocks, with a bar where there are more than a moment's worth of them."""
+    return tqdm(starts, desc="index: exact answers", unit="block", disable=len(starts) < 3, leave=False)
 
 
 def lower_bound(shares: np.ndarray) -> float:

@@ -221,6 +221,43 @@ def test_the_makefiles_overrides_for_ones_own_logs_are_settings(documents):
     assert (loaded.events.description, loaded.documents.title, loaded.train.max_pairs) == ("", None, None)
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("spill: 1.5", "index.spill is 1.5,"),
+        ("spill: null", "index.spill is null,"),
+        ("memory_mib: 300", "index.memory_mib is 300,"),
+        ("quantize_reordering: int8", 'index.quantize_reordering is "int8",'),
+        ("anisotropic_quantization_threshold: 0.1", "index.anisotropic_quantization_threshold is 0.1,"),
+        ("spherical: false", "index.spherical is false,"),
+        ("training_sample_size: 1000", "index.training_sample_size is 1000,"),
+        ("n_tuning_rows: 1000", "index.n_tuning_rows is 1000,"),
+        ("max_k: 50", "index.max_k is 50,"),
+        ("max_queries: 50", "index.max_queries is 50,"),
+        ("max_filter_ids: 50", "index.max_filter_ids is 50,"),
+    ],
+)
+def test_a_setting_that_tfrss_layer_does_not_know_is_refused_by_name(tmp_path, setting, said):
+    load(tmp_path, f"index: {{{setting}}}")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"index: {{layer: tfrs, {setting}}}")
+    assert f"{said} but layer tfrs does not know it; take it out or set layer to tuned" in str(caught.value)
+
+
+def test_all_settings_that_tfrss_layer_does_not_know_are_named_at_once(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"index\.memory_mib is 9 and spill is 2\.0, .* does not know them; "
+    ):
+        load(tmp_path, "index: {layer: tfrs, spill: 2.0, memory_mib: 9}")
+
+
+def test_the_settings_of_tfrss_own_layer_are_taken(tmp_path):
+    own = "k: 20, num_leaves: 30, num_leaves_to_search: 3, num_reordering_candidates: 40, seed: 3"
+    more = "dimensions_per_block: 4, training_iterations: 5, n_tuning_queries: 50, spill: auto"
+    text = f"index: {{layer: tfrs, {own}, {more}}}"
+    assert load(tmp_path, text).index.layer == "tfrs"
+
+
 def test_what_tfrs_saves_is_not_held_to_a_batchs_latency(tmp_path):
     settings = "index: {layer: tfrs, requests: batched, target_latency_ms: 2}"
     with pytest.raises(ConfigError, match=r"layer tfrs saves takes one query a request; set requests to"):

@@ -223,6 +223,14 @@ def run_on(inputs: tuple[Pairs, Model, Embeddings, Index], out: Path) -> Report:
     return run(CONFIG, *inputs, out)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_queries_prove_a_contract():
+    """Artefacts that a reader can check have two queries of a kind; what ten are for is tested by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.recall.LEAST_QUERIES", 2)
+        yield
+
+
 @pytest.fixture
 def inputs(tmp_path):
     return (
@@ -296,7 +304,19 @@ def test_the_contract_is_judged_by_the_kind_that_is_served_worst(figures):
         ("document", 0.95), ("typed", 1.0),
     ]  # fmt: skip
     assert (contract["latency_ms"], contract["served_mib"], contract["met"]) == (0.6, 12.5, True)
+    assert contract["proved"]
     assert figures["index"]["builds"] == BUILDS
+
+
+def test_a_contract_that_too_few_queries_prove_is_not_met_and_the_page_says_why(
+    inputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("pipeline.recall.LEAST_QUERIES", 10)
+    report = run_on(inputs, tmp_path / "report")
+    contract = report.figures()["index"]["contract"]
+    assert (contract["recall_at_k"], contract["proved"], contract["met"]) == (0.95, False, False)
+    words = " ".join((report.path / "report.html").read_text().split())
+    assert "the number of test queries is 2, wanted at least 10 of one kind" in words
 
 
 @pytest.mark.parametrize(
@@ -360,7 +380,8 @@ def test_recall_is_told_by_the_language_of_the_querys_document(inputs, tmp_path)
     assert groups(figures, "by_language") == [("en", 0.95, 2), ("ko", 1.0, 1)]
 
 
-def test_an_exact_index_has_no_frontier(inputs, tmp_path):
+def test_an_exact_index_has_no_frontier_and_needs_no_proof(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.recall.LEAST_QUERIES", 10)
     pairs, model, embeddings, index = inputs
     manifest = index.path / "manifest.json"
     facts = index.facts | {"layer": "exact", "frontier": [], "builds": []}
@@ -373,6 +394,7 @@ def test_an_exact_index_has_no_frontier(inputs, tmp_path):
     report = run_on((pairs, model, embeddings, Index.open(index.path)), tmp_path / "report")
     figures = report.figures()["index"]
     assert (figures["frontier"], figures["contract"]["recall_at_k"]) == ([], 0.95)
+    assert figures["contract"]["proved"]
     assert "The index is exact" in (report.path / "report.html").read_text()
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import builds, chatter, checks, index, saved_index
+from pipeline import builds, chatter, checks, index, index_settings, layers, saved_index
 from pipeline.artifacts import Embeddings, Index, writing
 from pipeline.config import IndexConfig, as_dict
 from pipeline.errors import ArtifactError, ConfigError, PipelineError
@@ -90,19 +90,19 @@ def serving_default(folder):
 
 
 def test_auto_leaves_are_the_root_of_the_rows():
-    settings, _ = builds.choose_settings(IndexConfig(k=20), 1_500_000, 384)
+    settings, _ = index_settings.choose_settings(IndexConfig(k=20), 1_500_000, 384)
     assert (settings.num_leaves, settings.num_reordering_candidates) == (1225, 200)
 
 
 def test_ten_results_rescore_a_hundred_candidates():
-    assert builds.choose_settings(IndexConfig(k=3), 20_000, 384)[0].num_reordering_candidates == 100
+    assert index_settings.choose_settings(IndexConfig(k=3), 20_000, 384)[0].num_reordering_candidates == 100
 
 
 @pytest.mark.parametrize(
     ("config", "candidates"), [({"k": 2000}, 10_000), ({"max_num_reordering_candidates": 50}, 50)]
 )
 def test_no_more_candidates_are_shipped_than_a_request_may_ask_for(config, candidates):
-    settings, _ = builds.choose_settings(IndexConfig(**config), 20_000, 384)
+    settings, _ = index_settings.choose_settings(IndexConfig(**config), 20_000, 384)
     assert settings.num_reordering_candidates == candidates
 
 
@@ -117,7 +117,7 @@ def test_the_export_is_tried_with_test_queries_first_and_then_documents(tmp_path
 
 @pytest.mark.parametrize(("n", "leaves"), [(4_999, None), (5_000, 71)])
 def test_fewer_documents_than_exact_below_are_searched_exactly(n, leaves):
-    settings, reason = builds.choose_settings(IndexConfig(), n, 384)
+    settings, reason = index_settings.choose_settings(IndexConfig(), n, 384)
     assert settings.num_leaves == leaves
     assert ("exact" in reason) == (leaves is None)
 
@@ -125,7 +125,7 @@ def test_fewer_documents_than_exact_below_are_searched_exactly(n, leaves):
 @pytest.mark.parametrize("layer", ["tuned", "tfrs"])
 @pytest.mark.parametrize("n", [1, 15])
 def test_what_scann_cannot_train_on_is_searched_exactly_and_says_why(n, layer):
-    settings, reason = builds.choose_settings(IndexConfig(**TREE, layer=layer), n, 384)
+    settings, reason = index_settings.choose_settings(IndexConfig(**TREE, layer=layer), n, 384)
     assert settings.num_leaves is None
     assert "at least 16" in reason
 
@@ -134,24 +134,24 @@ def test_more_leaves_than_documents_are_refused():
     with pytest.raises(
         ConfigError, match=r"index\.num_leaves is 21, but there are 20 documents; choose 1 to 20"
     ):
-        builds.choose_settings(IndexConfig(**TREE, num_leaves=21), 20, 384)
+        index_settings.choose_settings(IndexConfig(**TREE, num_leaves=21), 20, 384)
 
 
 def test_more_leaves_to_search_than_auto_makes_are_refused():
     with pytest.raises(ConfigError, match=r"num_leaves_to_search is 11, but 100 documents make 10 leaves"):
-        builds.choose_settings(IndexConfig(**TREE, num_leaves_to_search=11), 100, 384)
+        index_settings.choose_settings(IndexConfig(**TREE, num_leaves_to_search=11), 100, 384)
 
 
 def test_tfrss_layer_has_no_settings_but_its_own():
-    settings, _ = builds.choose_settings(IndexConfig(layer="tfrs"), 40_000, 384)
+    settings, _ = index_settings.choose_settings(IndexConfig(layer="tfrs"), 40_000, 384)
     assert settings.num_leaves == 200
     assert (settings.spill, settings.spherical, settings.quantize_reordering) == (None, None, None)
 
 
 def test_few_documents_are_tried_with_and_without_spilling_many_in_every_way():
-    few = builds.builds_to_try(IndexConfig(), 10_000, 384)
+    few = index_settings.builds_to_try(IndexConfig(), 10_000, 384)
     assert few == [Build(100, 1.5, 0.0882), Build(100, None, 0.0882)]
-    many = builds.builds_to_try(IndexConfig(), 90_000, 384)
+    many = index_settings.builds_to_try(IndexConfig(), 90_000, 384)
     assert {b.num_leaves for b in many} == {150, 300, 600}
     assert {(b.spill, b.anisotropic_quantization_threshold) for b in many} == {
         (1.5, 0.0882), (1.5, None), (None, 0.0882), (None, None),
@@ -163,7 +163,7 @@ def test_what_the_config_gives_is_not_tried_otherwise():
     config = IndexConfig(
         num_leaves=50, spill=None, anisotropic_quantization_threshold=0.2, quantize_reordering="int8"
     )
-    assert builds.builds_to_try(config, 90_000, 384) == [Build(50, None, 0.2, "int8")]
+    assert index_settings.builds_to_try(config, 90_000, 384) == [Build(50, None, 0.2, "int8")]
 
 
 # With 100 bytes an entry and 4, 2 or 1 a number, of 1,000,000 rows of 384, in MiB: a million entries 95.4;
@@ -183,21 +183,45 @@ def test_what_the_config_gives_is_not_tried_otherwise():
 def test_rows_are_stored_as_float32_unless_the_memory_wants_less(monkeypatch, memory_mib, expected):
     size = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
     monkeypatch.setattr(
-        builds,
+        index_settings,
         "served_bytes",
         lambda rows, entries, dim, storage, *_: rows * dim * size[storage] + 100 * entries,
     )
     config = IndexConfig(memory_mib=memory_mib, num_leaves=1000, anisotropic_quantization_threshold=None)
-    tried = builds.builds_to_try(config, 1_000_000, 384)
+    tried = index_settings.builds_to_try(config, 1_000_000, 384)
     assert {(b.spill, b.quantize_reordering) for b in tried} == expected
 
 
-def test_a_build_that_will_not_fit_is_told_before_it_is_made(capfd):
-    builds.say_unless_it_fits(IndexConfig(memory_mib=300), 299.0)
-    builds.say_unless_it_fits(IndexConfig(), 4000.0)
-    assert capfd.readouterr().err == ""
-    builds.say_unless_it_fits(IndexConfig(memory_mib=300), 392.4)
-    assert "about 392 MiB when served, above index.memory_mib = 300" in capfd.readouterr().err
+def test_an_estimate_above_the_memory_is_said_with_what_to_do():
+    assert index_settings.memory_warning(IndexConfig(memory_mib=300), 300.0) is None
+    assert index_settings.memory_warning(IndexConfig(), 4000.0) is None
+    line = index_settings.memory_warning(IndexConfig(memory_mib=300), 392.4)
+    assert line.startswith("about 392 MiB when served, above index.memory_mib = 300: publish will probably")
+
+
+# Bytes that stand for a MiB: 10 of rows, whatever they are, and 1 an entry of 100 rows.
+@pytest.mark.parametrize(
+    ("config", "mib"), [({**TREE, "spill": 1.5}, 210), ({**TREE, "spill": None}, 110), ({}, 10)]
+)
+def test_what_will_not_fit_is_told_before_anything_is_trained(tmp_path, monkeypatch, capfd, config, mib):
+    class TrainingError(Exception):
+        """Stands for the minutes that training takes."""
+
+    def refuse(*_, **__):
+        raise TrainingError
+
+    monkeypatch.setattr(index, "tensorflow", lambda: None)
+    monkeypatch.setattr(index, "train", refuse)
+    monkeypatch.setattr(index, "tuned_layer", refuse)
+    monkeypatch.setattr(index_settings, "served_bytes", lambda rows, entries, *_: (entries + 10) << 20)
+    rows = unit_rows(100)
+    embeddings = make_embeddings(tmp_path, rows)
+    for memory_mib, is_told in ((mib, False), (mib - 1, True)):
+        fixed = IndexConfig(**config, num_leaves=5, quantize_reordering="float32", memory_mib=memory_mib)
+        settings, _ = index_settings.choose_settings(fixed, *rows.shape)
+        with pytest.raises(TrainingError):
+            index.make(fixed, settings, embeddings, rows, {}, tmp_path)
+        assert (f"about {mib} MiB when served" in capfd.readouterr().err) == is_told
 
 
 def typed_queries(n, dim=DIM):
@@ -208,7 +232,7 @@ def typed_queries(n, dim=DIM):
 def test_builds_are_tried_with_as_many_queries_as_the_target_takes(target, n):
     config = IndexConfig(**TREE, target_recall=target)
     rows = unit_rows(100)
-    settings, _ = builds.choose_settings(config, *rows.shape)
+    settings, _ = index_settings.choose_settings(config, *rows.shape)
     bench = builds.Bench(config, settings, rows, {"typed": typed_queries(1000)}, Path())
     assert len(bench.dev["typed"].rows) == n
 
@@ -216,7 +240,7 @@ def test_builds_are_tried_with_as_many_queries_as_the_target_takes(target, n):
 def test_builds_that_no_query_can_tell_apart_are_not_tried_and_that_is_said(monkeypatch, capfd):
     monkeypatch.setattr(builds, "MIN_TRIAL_ROWS", 100)
     config, rows = IndexConfig(**TREE, target_recall=0.999), unit_rows(100)
-    settings, _ = builds.choose_settings(config, *rows.shape)
+    settings, _ = index_settings.choose_settings(config, *rows.shape)
     assert builds.try_builds(config, settings, rows, {"typed": typed_queries(500)}, Path()) == (
         settings,
         [],
@@ -254,7 +278,7 @@ def test_no_layer_of_a_trial_is_left_when_the_winner_is_built(monkeypatch):
     monkeypatch.setattr(builds, "train", lambda config, settings, rows, _: SimpleNamespace(owners=rows[:, 0]))
     monkeypatch.setattr(builds, "MIN_TRIAL_ROWS", 100)
     config, rows = IndexConfig(**TREE), unit_rows(200)
-    settings, _ = builds.choose_settings(config, *rows.shape)
+    settings, _ = index_settings.choose_settings(config, *rows.shape)
     gc.disable()
     try:
         _, trials, _ = builds.try_builds(config, settings, rows, {"typed": typed_queries(100)}, Path())
@@ -262,6 +286,35 @@ def test_no_layer_of_a_trial_is_left_when_the_winner_is_built(monkeypatch):
         gc.enable()
     assert len(trials) == len(layers) == 2
     assert [layer() for layer in layers] == [None, None]
+
+
+def test_a_tree_is_trained_once_and_ways_to_store_rows_are_tried_on_it(monkeypatch):
+    trained, indexed = [], []
+
+    class Layer(ExactLayer):
+        def index(self, rows, ids, assets=None):
+            super().index(rows, ids)
+            indexed.append((rows, assets))
+
+    def train(config, settings, rows, _):
+        trained.append((settings.spill, len(rows)))
+        return SimpleNamespace(owners=rows[:, 0])
+
+    monkeypatch.setattr(builds, "tuned_layer", lambda *_: Layer())
+    monkeypatch.setattr(builds, "train", train)
+    rows = unit_rows(300)
+    config = IndexConfig(**TREE)
+    settings, _ = index_settings.choose_settings(config, *rows.shape)
+    bench = builds.Bench(config, settings, rows, {"typed": typed_queries(100)}, Path())
+    # as halving orders them, the trees mixed
+    tried = [Build(17, 1.5, None, "int8"), Build(17, None), Build(17, 1.5), Build(17, None, None, "int8")]
+    trials = bench.try_on(tried, 200)
+    assert trained == [(1.5, 200), (None, 200)]
+    assert [trial.build for trial in trials] == [tried[0], tried[2], tried[1], tried[3]]
+    assert all(given is indexed[0][0] for given, _ in indexed)  # one sample, whatever is tried on it
+    assert [assets is indexed[0][1] for _, assets in indexed] == [True, True, False, False]
+    assert indexed[2][1] is indexed[3][1]
+    assert bench.of_all == {}  # of a sample nothing is kept
 
 
 def test_what_tuned_scann_saves_is_timed_once_and_not_before_it_is_saved(monkeypatch):
@@ -293,7 +346,7 @@ class StoredRows:
 def test_what_storing_loses_is_not_hidden_by_a_querys_own_row():
     rows = unit_rows(20)
     config = IndexConfig(k=3, quantize_reordering="int8")
-    settings, _ = builds.choose_settings(config, *rows.shape)
+    settings, _ = index_settings.choose_settings(config, *rows.shape)
     layer = StoredRows(rows)
     assert index.stored_recall(config, settings, layer, rows, {}, None) == 0.0
     queries = Queries(np.arange(7, dtype=np.int32), rows[:7], np.full(7, -1, np.int32))
@@ -305,7 +358,7 @@ def test_what_storing_loses_is_not_hidden_by_a_querys_own_row():
 def test_a_sample_has_as_many_rows_a_leaf_and_knows_its_own_documents():
     rows = unit_rows(1000)
     config = IndexConfig(**TREE, num_leaves=100)
-    settings, _ = builds.choose_settings(config, *rows.shape)
+    settings, _ = index_settings.choose_settings(config, *rows.shape)
     bench = builds.Bench(config, settings, rows, {}, Path())
     drawn, own_of = bench.sample(250)
     assert bench.scaled(Build(100), 250).num_leaves == 25
@@ -344,7 +397,10 @@ def test_bad_rows_are_found_in_any_block(monkeypatch, n_rows):
 
 def test_a_query_of_another_width_is_refused(tmp_path):
     embeddings = make_embeddings(tmp_path, unit_rows(4), [(unit_rows(1, DIM + 1)[0], "typed", "dev", 0)])
-    with pytest.raises(ArtifactError, match=r"queries\.npy has shape \(1, 9\), wanted \(1, 8\)"):
+    message = (
+        r"queries\.npy holds 1 float32 vector of 9 numbers, wanted 1, one for each row of .*, of 8 numbers"
+    )
+    with pytest.raises(ArtifactError, match=message):
         index.run(IndexConfig(), embeddings, tmp_path / "index")
 
 
@@ -362,7 +418,13 @@ def test_vectors_without_documents_are_refused(tmp_path):
 
 def test_no_documents_at_all_are_refused(tmp_path):
     embeddings = make_embeddings(tmp_path, np.empty((0, DIM), np.float32))
-    with pytest.raises(ArtifactError, match=r"float32 \(0, 8\), wanted .* at least one document"):
+    with pytest.raises(ArtifactError, match=r"holds 0 float32 vectors of 8 numbers, wanted .* one document"):
+        index.run(IndexConfig(), embeddings, tmp_path / "index")
+
+
+def test_numbers_that_are_no_list_of_vectors_are_refused(tmp_path):
+    embeddings = make_embeddings(tmp_path, np.ones((2, 3, DIM), np.float32))
+    with pytest.raises(ArtifactError, match="holds 2 x 3 x 8 float32 numbers and no list of vectors, wanted"):
         index.run(IndexConfig(), embeddings, tmp_path / "index")
 
 
@@ -423,6 +485,7 @@ def test_one_leaf_with_all_rescored_equals_brute_force(tmp_path, n, layer):
         np.testing.assert_allclose(scores, rows[best] @ vector, atol=1e-6)
 
 
+TUNED_SIGNATURES = {"serving_default_batch", "search", "exact", "search_filtered"}
 SHAPES = {"exact": {"exact_below": 100}, "tuned": TREE, "tfrs": {**TREE, "layer": "tfrs"}}
 
 
@@ -447,7 +510,15 @@ def test_every_layer_shows_one_signature(small):
     assert shown(signature.inputs) == {"input_1": (DT_FLOAT, [-1])}
     assert shown(signature.outputs) == {"output_1": (DT_FLOAT, "unknown"), "output_2": (DT_INT32, "unknown")}
     others = set(graph.signature_def) - {"serving_default", "__saved_model_init_op"}
-    assert others == (set() if built.facts["layer"] == "tfrs" else {"search", "exact", "search_filtered"})
+    assert others == (set() if built.facts["layer"] == "tfrs" else TUNED_SIGNATURES)
+
+
+@slow
+def test_an_index_carries_its_warm_up_requests(small):
+    _, built = small
+    assert "assets.extra/tf_serving_warmup_requests" in built.manifest["files"]
+    # 8 single queries; batches of one and of 64 of two signatures, one filtered, one exact
+    assert built.rows["warmup_requests"] == (8 if built.facts["layer"] == "tfrs" else 14)
 
 
 def shown(tensors):
@@ -510,10 +581,10 @@ def test_fewer_rows_than_k_give_all_rows(tmp_path):
 def test_the_same_seed_trains_the_same_tree_and_codes_and_another_seed_others(tmp_path):
     rows = clustered_rows(600)
     config = IndexConfig(**TREE)
-    settings, _ = builds.choose_settings(config, *rows.shape)
+    settings, _ = index_settings.choose_settings(config, *rows.shape)
 
     def trained(seed):
-        assets = builds.train(IndexConfig(**TREE, seed=seed), settings, rows, tmp_path)
+        assets = layers.train(IndexConfig(**TREE, seed=seed), settings, rows, tmp_path)
         return assets.partitioner, assets.codebook, assets.tokens.tolist(), assets.codes.tolist()
 
     assert trained(7) == trained(7)
@@ -526,8 +597,9 @@ def tuned(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
     rows = clustered_rows(2000)
     embeddings = make_embeddings(folder, rows, held_out(rows, 150))
+    spill = {"spill": None} if request.param == "tuned" else {}  # tfrs's layer knows no other way
     config = IndexConfig(
-        **TREE, layer=request.param, target_recall=0.9, num_reordering_candidates=2000, spill=None
+        **TREE, **spill, layer=request.param, target_recall=0.9, num_reordering_candidates=2000
     )
     return embeddings, index.run(config, embeddings, folder / "index")
 

@@ -183,6 +183,23 @@ def test_what_the_config_asks_of_an_index_is_what_it_is_judged_by(wanted, messag
         publish.check(figures(), None, WANTED | wanted, "new")
 
 
+def test_an_index_whose_recall_too_few_queries_prove_is_refused_in_one_line(tmp_path):
+    kinds = [{"name": "document", "recall_at_k": 1.0, "n_queries": 4}]
+    few = figures(recall=1.0)
+    few["index"]["contract"] |= {"proved": False, "kinds": kinds}
+    with pytest.raises(RefusedError) as caught:
+        publish.run(CONFIG, *make(tmp_path, report=few), tmp_path)
+    said = str(caught.value)
+    assert said.startswith(
+        "not published: the number of test queries is 4, wanted at least 10 of one kind to"
+    )
+    assert "hold out more" in said
+    assert "\n" not in said
+    assert publish.versions(tmp_path / "models" / "index") == []
+    few["index"]["contract"]["proved"] = True
+    publish.check(few, None, WANTED, "new")
+
+
 def test_a_version_whose_report_is_of_an_older_format_is_compared_with():
     old = figures()
     old["index"] = {"recall_at_10": 0.97, "n_queries": 100, "sweep": [{"num_leaves_to_search": 1}]}

@@ -1,6 +1,5 @@
-"""Exact search in blocks, the recall of stored answers against it, and where a contract is not kept."""
+"""The recall of stored answers against exact search, and where a contract is not kept or not proved."""
 
-import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,12 @@ import pytest
 
 from pipeline.config import EvaluateConfig
 from pipeline.recall import (
-    exact_search,
     frontier,
+    is_proved,
     judged_latency,
     nearest,
     own_rows,
     padded,
-    recall_at_k,
     sample,
     shortfalls,
     with_recalls,
@@ -25,37 +23,6 @@ from pipeline.recall import (
 
 CONFIG = EvaluateConfig(n_draws=50)
 WANTED = {"k": 10, "target_recall": 0.95, "target_latency_ms": None, "memory_mib": None}
-
-
-@pytest.mark.parametrize("n_queries_at_once", [1, 3, 256])
-@pytest.mark.parametrize("block_bytes", [1, 10_000, 1 << 26])
-@pytest.mark.parametrize("k", [1, 11, 600])
-def test_exact_search_in_blocks_finds_what_a_full_sort_finds(monkeypatch, block_bytes, k, n_queries_at_once):
-    monkeypatch.setattr("pipeline.recall.BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr("pipeline.recall.BLOCK_QUERIES", n_queries_at_once)
-    rng = np.random.default_rng(2)
-    matrix = rng.standard_normal((500, 16), dtype=np.float32)
-    queries = rng.standard_normal((7, 16), dtype=np.float32)
-    rows, scores = exact_search(matrix, queries, k)
-    expected = np.argsort(-(queries @ matrix.T), axis=1)[:, :k]
-    assert (np.sort(rows) == np.sort(expected)).all()
-    np.testing.assert_allclose(
-        scores, np.take_along_axis(queries @ matrix.T, rows, axis=1), rtol=1e-4, atol=1e-5
-    )
-
-
-def test_exact_search_holds_few_scores_at_once(monkeypatch):
-    monkeypatch.setattr("pipeline.recall.BLOCK_BYTES", 1 << 18)
-    matrix = np.random.default_rng(3).standard_normal((20_000, 8), dtype=np.float32)
-    queries = matrix[:500]
-    tracemalloc.start()
-    try:
-        exact_search(matrix, queries, 20)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    # a block's scores take 256 KB, sorting the first in ten times that; all scores would take 40 MB
-    assert peak < 8 << 20
 
 
 KINDS = pd.DataFrame({"kind": ["document", "typed", "logged"], "document_row": [0, 0, -1]})
@@ -102,7 +69,7 @@ def found(folder, rows: list[tuple[int, list[int]]]) -> pd.DataFrame:
 @pytest.mark.parametrize("n_at_once", [1, 2, 100])
 def test_answers_in_blocks_have_the_recall_of_their_own_query(tmp_path, monkeypatch, n_at_once):
     monkeypatch.setattr("pipeline.recall.BLOCK_ANSWERS", n_at_once)
-    monkeypatch.setattr("pipeline.recall.BLOCK_BYTES", 4 * 2 * 4 * n_at_once)  # four answers, two numbers
+    monkeypatch.setattr("pipeline.exact.BLOCK_BYTES", 4 * 2 * 4 * n_at_once)  # four answers, two numbers
     matrix = np.array([[1, 0], [0.8, 0], [0, 1], [0, 0.8]], np.float32)
     vectors = np.eye(2, dtype=np.float32)
     queries = pd.DataFrame({"kind": ["typed"] * 2, "document_row": [-1] * 2})
@@ -134,29 +101,6 @@ def test_lists_of_unequal_length_are_filled_up():
     assert padded(lists.slice(1), -1).tolist() == [[-1], [3]]
 
 
-def test_the_other_of_two_equal_documents_is_no_loss():
-    # rows 8 and 9 hold the same text; exact search took 8 as its third, the index 9
-    assert recall_at_k(np.array([3, 5, 9]), np.array([0.9, 0.8, 0.7]), worst=0.7, k=3) == 1.0
-
-
-def test_a_document_returned_twice_counts_once():
-    assert recall_at_k(np.array([3, 3, 5]), np.array([0.9, 0.9, 0.8]), worst=0.7, k=3) == pytest.approx(2 / 3)
-
-
-def test_a_farther_document_is_a_loss():
-    assert recall_at_k(np.array([3, 4]), np.array([0.9, 0.69]), worst=0.7, k=2) == 0.5
-
-
-def test_random_answers_agree_with_the_overlap_of_ids():
-    rng = np.random.default_rng(4)
-    matrix, query = rng.standard_normal((300, 8)), rng.standard_normal(8)
-    scores = matrix @ query
-    exact = set(np.argsort(-scores)[:10].tolist())
-    found = rng.choice(np.argsort(-scores)[:20], 10, replace=False)
-    worst = min(scores[row] for row in exact)
-    assert recall_at_k(found, scores[found], worst, 10) == len(exact & set(found.tolist())) / 10
-
-
 def test_a_sample_is_of_its_kind_and_the_same_for_the_same_seed():
     found = pd.DataFrame({"query": range(100), "kind": ["document", "typed"] * 50})
     one, two = (sample(found, "typed", 10, np.random.default_rng(7)) for _ in range(2))
@@ -164,13 +108,6 @@ def test_a_sample_is_of_its_kind_and_the_same_for_the_same_seed():
     assert all(query % 2 for query in one)
     assert one.tolist() == two.tolist()
     assert len(sample(found, "typed", 1000, np.random.default_rng(7))) == 50
-
-
-def test_many_queries_have_their_recall_at_once():
-    rows = np.array([[3, 4], [3, 3], [-1, -1]])
-    scores = np.array([[0.9, 0.8], [0.9, 0.9], [0.9, 0.9]])
-    found = recall_at_k(rows, scores, np.array([0.8, 0.8, 0.8]), np.array([2, 2, 0]))
-    assert found.tolist() == [1.0, 0.5, 1.0]
 
 
 POINT = {"num_reordering_candidates": 30, "single_qps": 5000.0, "batched_qps": 9000.0}
@@ -243,6 +180,43 @@ def test_another_k_than_ten_is_judged_beside_recall_at_ten():
     assert few.startswith("recall@5 of logged queries is 0.9300")
     (unmeasured,) = said({"recall_at_10": 0.99, "contract": {"kinds": []}}, k=300)
     assert unmeasured.startswith("recall@300 of documents asked as queries was not measured")
+
+
+def kinds_of(**n_queries: int) -> list[dict[str, Any]]:
+    return [{"name": name, "recall_at_k": 1.0, "n_queries": n} for name, n in n_queries.items()]
+
+
+@pytest.mark.parametrize(
+    ("layer", "storage", "n_queries", "proved"),
+    [
+        ("tuned", "float32", {"document": 10}, True),
+        ("tuned", "float32", {"document": 9, "typed": 9, "logged": 9}, False),  # of the same nine documents
+        ("tuned", "float32", {"document": 1, "logged": 10}, True),
+        ("tfrs", None, {"document": 1}, False),
+        ("tuned", "float32", {}, False),
+        ("exact", "float32", {"document": 1}, True),  # finds all there is, by what it is
+        ("exact", "int8", {"document": 1}, False),  # finds all that its rounded rows let it find
+        ("exact", "int8", {"document": 10}, True),
+    ],
+)
+def test_ten_queries_of_one_kind_prove_a_recall_and_exact_search_needs_none(
+    layer, storage, n_queries, proved
+):
+    facts = {"layer": layer, "settings": {"quantize_reordering": storage}}
+    assert is_proved(facts, kinds_of(**n_queries)) is proved
+
+
+def test_a_recall_that_few_queries_found_is_a_shortfall_that_says_how_many_are_wanted():
+    reached = {"proved": False, "kinds": kinds_of(document=3, typed=2)}
+    (line,) = said({"recall_at_10": 1.0, "contract": reached})
+    assert line.startswith(
+        "the number of test queries is 3, wanted at least 10 of one kind to prove index.target_recall; hold"
+    )
+    assert "raise index.exact_below" in line
+    assert "\n" not in line
+    # where nobody asked at all, that is said, and not twice
+    (unmeasured,) = said({"recall_at_10": None, "contract": {"proved": False, "kinds": []}})
+    assert "was not measured" in unmeasured
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,47 @@ def test_the_same_seed_builds_the_same_index_and_another_seed_another():
     assert tokens(7) == tokens(7) != tokens(8)
 
 
+@pytest.mark.parametrize(
+    ("num_leaves", "n_training_rows", "at_random"),
+    [(224, 44_642, False), (224, 44_643, True), (1, 10_000_000, False)],  # 224 * 44,642 = 9,999,808
+)
+def test_kmeans_starts_at_random_rows_where_a_seeded_start_costs_too_much(
+    num_leaves, n_training_rows, at_random
+):
+    assert scann_assets.starts_at_random(num_leaves, n_training_rows) == at_random
+
+
+@pytest.mark.parametrize(
+    ("given", "compared", "expected"),
+    [
+        ({}, 10_000, "DEFAULT_KMEANS_PLUS_PLUS"),
+        ({}, 9_999, "RANDOM_INITIALIZATION"),  # 100 leaves, 100 rows: one comparison too many
+        ({"training_sample_size": 99}, 9_999, "DEFAULT_KMEANS_PLUS_PLUS"),
+        ({"random_init": False}, 9_999, "DEFAULT_KMEANS_PLUS_PLUS"),
+        ({"random_init": True}, 10_000, "RANDOM_INITIALIZATION"),
+    ],
+)
+def test_what_is_trained_on_decides_how_kmeans_starts(monkeypatch, given, compared, expected):
+    def stop(rows, config, threads):
+        raise InterruptedError(config)
+
+    monkeypatch.setattr(scann_assets, "MOST_COMPARED", compared)
+    monkeypatch.setattr(scann_assets, "_train", stop)
+    with pytest.raises(InterruptedError, match=f"single_machine_center_initialization: {expected}"):
+        build(unit_rows(100), num_leaves=100, **given)
+
+
+def test_a_random_start_finds_about_as_much():
+    rows, queries = clustered_rows(4000), clustered_rows(200, seed=3)
+    truth = brute_force(rows, queries, 10)
+    seeded, at_random = (
+        recall(built(rows, ids=False, num_leaves=63, random_init=start).ask(queries, 10, 4, 200)[1], truth)
+        for start in (False, True)
+    )
+    assert at_random > 0.9
+    assert abs(at_random - seeded) < 0.03
+
+
 def test_more_leaves_than_rows_are_refused():
     with pytest.raises(ValueError, match="num_leaves is 21, but there are 20 rows: choose 1 to 20"):
         build(unit_rows(20), num_leaves=21)

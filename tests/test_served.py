@@ -60,6 +60,13 @@ FAIR = {"queries": unit_rows(2), "k": 5, "num_leaves_to_search": 3, "num_reorder
             {"queries": np.full((1, DIM), np.inf, np.float32)},
             r"must be finite .1 if so., wanted 1, .*\[0\]",
         ),
+        (
+            "serving_default_batch",
+            {"queries": unit_rows(9)},
+            r"number of queries, wanted 1 to 8, got:\] \[9\]",
+        ),
+        ("serving_default_batch", {"queries": unit_rows(2)[:0]}, r"of queries, wanted 1 to 8, got:\] \[0\]"),
+        ("serving_default_batch", {"queries": np.full((2, DIM), np.nan, np.float32)}, r"must be finite"),
         ("exact", {"k": 6}, r"k, wanted 1 to 5, got:\] \[6\]"),
         ("exact", {"queries": unit_rows(9)}, r"number of queries, wanted 1 to 8, got:\] \[9\]"),
     ],
@@ -67,7 +74,8 @@ FAIR = {"queries": unit_rows(2), "k": 5, "num_leaves_to_search": 3, "num_reorder
 @pytest.mark.parametrize("num_leaves", [None, 4])
 def test_a_request_for_too_much_is_refused_by_the_graph(opened, num_leaves, signature, asked, refusal):
     saved = opened(unit_rows, 60, num_leaves=num_leaves, num_leaves_to_search=2, limits=LIMITS)
-    fair = FAIR if signature == "search" else {"queries": FAIR["queries"], "k": 5}
+    names = {"search": list(FAIR), "exact": ["queries", "k"], "serving_default_batch": ["queries"]}[signature]
+    fair = {name: FAIR[name] for name in names}
     saved(signature, **fair)
     with pytest.raises(tf.errors.InvalidArgumentError, match=refusal):
         saved(signature, **(fair | asked))
@@ -132,6 +140,9 @@ def test_the_signatures_are_those_of_the_contract_and_the_same_without_a_tree(op
         "serving_default": (
             {"input_1": ("float32", [-1])}, {"output_1": ("float32", None), "output_2": ("int32", None)},
         ),
+        "serving_default_batch": (
+            {"queries": search["queries"]}, {"scores": ("float32", [-1, 10]), "rows": ("int32", [-1, 10])},
+        ),
         "search": (search, found),
         "exact": ({name: search[name] for name in ("queries", "k")}, found),
         "search_filtered": (search | filters, found),
@@ -182,6 +193,63 @@ def test_a_request_chooses_speed_against_recall(opened):
         return recall(saved.rows("search", queries=queries, k=10, **asked), truth)
 
     assert share(1, 20) < share(5, 20) < share(5, 200) < share(54, 200) <= share(54, 3000) == 1.0
+
+
+# Several queries of `serving_default` at once
+
+
+def singly(saved, queries, k):
+    """`serving_default`'s answers, each filled with -1 to k rows."""
+    answers = [saved("serving_default", input_1=query) for query in queries]
+    missing = [k - len(answer["output_2"]) for answer in answers]
+    lowest = np.finfo(np.float32).min
+    scores = [
+        np.pad(a["output_1"], (0, m), constant_values=lowest) for a, m in zip(answers, missing, strict=True)
+    ]
+    rows = [np.pad(a["output_2"], (0, m), constant_values=-1) for a, m in zip(answers, missing, strict=True)]
+    return np.array(scores), np.array(rows)
+
+
+@pytest.mark.parametrize("n_queries", [1, 2, 300])
+@pytest.mark.parametrize("ids", [True, False])
+@pytest.mark.parametrize(("num_leaves", "spill"), [(None, None), (40, None), (40, 1.5)])
+def test_a_batch_is_answered_as_its_queries_one_by_one(opened, num_leaves, spill, ids, n_queries):
+    """In all leaves, all rows rescored: ScaNN picks leaves for one query by another arithmetic."""
+    settings = {"num_leaves_to_search": 40, "num_reordering_candidates": 2000}
+    saved = opened(clustered_rows, 2000, ids=ids, num_leaves=num_leaves, spill=spill, **settings)
+    queries = clustered_rows(300, seed=3)[:n_queries]
+    answer, (scores, rows) = saved("serving_default_batch", queries=queries), singly(saved, queries, 10)
+    np.testing.assert_allclose(answer["scores"], scores, atol=1e-6)
+    assert answer["rows"].tolist() == rows.tolist() == brute_force(clustered_rows(2000), queries, 10).tolist()
+
+
+def test_a_batch_is_answered_with_the_settings_that_were_shipped(opened):
+    """4 leaves of 40, 50 candidates: what a query alone finds but for a few leaves, and not all there is."""
+    settings = {"num_leaves": 40, "num_leaves_to_search": 4, "num_reordering_candidates": 50}
+    saved, queries = opened(clustered_rows, 2000, **settings), clustered_rows(200, seed=3)
+    answer, (scores, rows) = saved("serving_default_batch", queries=queries), singly(saved, queries, 10)
+    same = answer["rows"] == rows
+    assert same.mean() > 0.97
+    np.testing.assert_allclose(answer["scores"][same], scores[same], atol=1e-6)
+    assert recall(answer["rows"], brute_force(clustered_rows(2000), queries, 10)) < 0.95
+
+
+@pytest.mark.parametrize("n_queries", [1, 20])
+def test_a_batch_says_where_fewer_rows_than_k_were_found(opened, n_queries):
+    saved = opened(clustered_rows, 200, num_leaves=20, num_leaves_to_search=1, k=200)
+    answer = saved("serving_default_batch", queries=clustered_rows(200)[:n_queries])
+    assert answer["rows"].shape == (n_queries, 200)
+    assert ((answer["rows"] == -1) == (answer["scores"] == np.finfo(np.float32).min)).all()
+    assert (answer["rows"][:, 0] >= 0).all()
+    assert (answer["rows"][:, -1] == -1).all()
+
+
+@pytest.mark.parametrize("num_leaves", [None, 4])
+def test_a_batch_is_no_wider_than_there_are_rows(opened, num_leaves):
+    saved = opened(unit_rows, 20, k=30, num_leaves=num_leaves, num_leaves_to_search=4)
+    for n_queries in (1, 3):
+        found = saved("serving_default_batch", queries=unit_rows(20)[:n_queries])["rows"]
+        assert found.tolist() == brute_force(unit_rows(20), unit_rows(20)[:n_queries], 20).tolist()
 
 
 # Filters
@@ -423,6 +491,8 @@ def test_rows_are_what_the_layer_and_serving_default_answer_with(passages):
     rows, _, saved = passages
     found = saved("serving_default", input_1=rows[0])["output_2"]
     assert found.tolist() == brute_force(rows, rows[:1], 10)[0].tolist()
+    found = saved("serving_default_batch", queries=rows[:2])["rows"]
+    assert found.tolist() == brute_force(rows, rows[:2], 10).tolist()
 
 
 def test_an_index_without_passages_holds_and_does_nothing_for_them(tmp_path):

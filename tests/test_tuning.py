@@ -39,42 +39,9 @@ def settings_of(records):
 # Recall
 
 
-@pytest.mark.parametrize("block", [1, 7, 1 << 20])
-def test_the_kth_score_is_brute_forces_in_blocks_of_any_size(monkeypatch, block):
-    rows, vectors = unit_rows(50), unit_rows(9, seed=1)
-    monkeypatch.setattr(tuning, "BLOCK_SCORES", block * len(vectors))
-    kth = tuning.kth_scores(rows, queries_of(vectors), 4)
-    np.testing.assert_allclose(kth, np.sort(vectors @ rows.T, axis=1)[:, -4], atol=1e-6)
-
-
-@pytest.mark.parametrize("block", [3, 1 << 20])
-def test_the_kth_score_leaves_out_the_querys_own_document(monkeypatch, block):
-    rows = np.eye(4, dtype=np.float32)
-    vectors = [[0.8, 0.6, 0, 0], [0, 0, 0.6, 0.8]]
-    monkeypatch.setattr(tuning, "BLOCK_SCORES", block * len(vectors))
-    kth = tuning.kth_scores(rows, queries_of(vectors, own=[0, 3]), 1)
-    np.testing.assert_allclose(kth, [0.6, 0.6])
-
-
-def test_recall_does_not_count_the_own_document_nor_what_is_not_there():
-    answers = Answers(
-        np.array([[5, 1, 2], [5, 1, -1]]),
-        np.array([[0.9, 0.8, 0.1], [0.9, 0.8, -np.inf]], np.float32),
-    )
-    kth = np.array([0.5, 0.5], np.float32)
-    assert tuning.recalls(kth, answers, np.array([5, -1]), k=2).tolist() == [0.5, 1.0]
-
-
-def test_recall_counts_the_first_k_answers_beside_the_own_document():
-    scores = np.array([[0.4, 0.9], [0.9, 0.8]], np.float32)  # row 3 is not good enough, row 1 is
-    answers = Answers(np.array([[3, 1], [5, 1]]), scores)
-    kth = np.array([0.5, 0.5], np.float32)
-    assert tuning.recalls(kth, answers, np.array([5, 5]), k=1).tolist() == [0.0, 1.0]
-
-
-def test_recall_counts_a_row_that_is_given_twice_once():
-    answers = Answers(np.array([[7, 7]]), np.array([[0.9, 0.9]], np.float32))
-    assert tuning.recalls(np.array([0.5], np.float32), answers, np.array([-1]), k=2).tolist() == [0.5]
+def test_the_first_few_queries_of_a_kind_can_be_judged_alone():
+    judge = Judge(ROWS, {"typed": queries_of([[1, 0]] * 50 + [[0, 1]] * 50)}, k=1, target=0.9)
+    assert judge.recalls("typed", np.array([[0], [1]])).tolist() == [1.0, 0.0]  # row 0 is the nearest
 
 
 def test_one_own_row_in_a_sample_lends_the_other_queries_no_further_answer():
@@ -82,20 +49,6 @@ def test_one_own_row_in_a_sample_lends_the_other_queries_no_further_answer():
     queries = queries_of([[1, 0]] * 100, own=[0] + [-1] * 99)
     judge = Judge(ROWS, {"document": queries}, k=1, target=0.9)
     assert judge.record(found_by([1, 0])[0], Search(1, 1)).recall == pytest.approx(0.01)  # the first alone
-
-
-def test_recall_takes_any_of_equal_documents():
-    answers = Answers(np.array([[8, 9, 3]]), np.array([[1.0, 1.0, 1.0]], np.float32))
-    assert tuning.recalls(np.array([1.0], np.float32), answers, np.array([-1]), k=2).tolist() == [1.0]
-
-
-@pytest.mark.parametrize("block", [8, 1 << 20])
-def test_scores_of_what_was_found_are_computed_from_the_float32_rows(monkeypatch, block):
-    monkeypatch.setattr(tuning, "BLOCK_FLOATS", block)
-    rows = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)
-    vectors = np.array([[1, 0], [0, 1]], np.float32)
-    scores = tuning.exact_scores(rows, vectors, np.array([[1, 0], [1, -1]]))
-    np.testing.assert_allclose(scores, [[0.6, 1.0], [0.8, -np.inf]])
 
 
 def test_the_lower_bound_is_below_the_mean_and_nears_it_with_more_queries():

@@ -143,7 +143,7 @@ def test_every_signature_answers_in_the_twin_as_here(asker, trees, tmp_path, sto
         tmp_path / "saved", assets=trees[spill], num_leaves_to_search=4, num_reordering_candidates=400,
         spill=spill, quantize_reordering=storage, exact_below_allowed=100,
     )  # fmt: skip
-    signatures = ["search", "exact", "search_filtered", "serving_default"]
+    signatures = ["search", "exact", "search_filtered", "serving_default", "serving_default_batch"]
     inputs = asked(4, 400) | FILTER | {"input_1": QUERIES[:20]}
     twin, here = (ask(folder, signatures, **inputs) for ask in (asker.twin, asker.here))
     truth = brute_force(ROWS, QUERIES)
@@ -153,6 +153,9 @@ def test_every_signature_answers_in_the_twin_as_here(asker, trees, tmp_path, sto
     # Asked one by one: another way to pick leaves than for a batch, so not always the rows of `search`.
     both = [(found["serving_default.output_2"], found["serving_default.output_1"]) for found in (twin, here)]
     check_shared(*both)
+    check_shared(
+        *((a["serving_default_batch.rows"], a["serving_default_batch.scores"]) for a in (twin, here))
+    )
 
 
 def check_same(twin, here, signature, truth):
