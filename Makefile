@@ -14,7 +14,7 @@ RUN := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check install --quiet
 EXTRAS := --extra pairs --extra import --extra train --extra index --extra evaluate --extra serving --extra demo
 
-.PHONY: help demo real serve test test-twin test-properties test-benchmarks cluster test-cluster bench bench-encode bench-train bench-index ablation lint lock clean
+.PHONY: help demo real serve test test-twin test-properties test-benchmarks cluster test-cluster bench bench-encode bench-train bench-index bench-serving soak ablation lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -56,7 +56,7 @@ real: .venv/run  ## the whole pipeline on Wikispeedia's real clicks; DATA=DIR ho
 	@$(RUN) -m serving tour --model_base_path work/wikispeedia/models/index --text "sea birds that cannot fly"
 
 serve: .venv/run  ## the local server on what demo published, until Ctrl-C; WORK=DIR PORT=N
-	@$(RUN) -m serving --rest_api_port $(PORT) --model_name index --model_base_path $(WORK)/models/index
+	@$(RUN) -m serving --rest_api_port=$(PORT) --model_name=index --model_base_path=$(abspath $(WORK)/models/index)
 
 test: .venv/dev  ## the whole test suite, a file a core
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
@@ -84,6 +84,18 @@ bench-index: .venv/bench-index  ## the index against FAISS, hnswlib, usearch, An
 	@$(RUN) benchmarks/index.py $(if $(wildcard $(TWIN)/twin/ready),--twin $(TWIN)) \
 	    --json work/bench/index.json --markdown work/bench/index.md --plot work/bench/index.png
 
+.venv/bench-serving: .venv/dev requirements/bench-serving.lock
+	@command -v wrk >/dev/null || { echo "error: wrk drives the servers: apt-get install wrk" >&2; exit 2; }
+	$(PIP) --no-deps --require-hashes -r requirements/bench-serving.lock
+	@touch $@
+
+bench-serving: .venv/bench-serving .venv/bench-index  ## the local server under load, beside its graph in process and a FastAPI server
+	@test -e work/bench/corpus/queries.npy || $(RUN) benchmarks/corpus.py work/bench/corpus
+	@$(RUN) benchmarks/serving.py --markdown work/bench/serving.md --plot work/bench/serving.png
+
+soak: .venv/bench-serving  ## the local server: a million requests, 20 reloads under load, 100,000 hostile requests; half an hour
+	@$(RUN) -m pytest -m soak tests/test_soak.py tests/test_reload.py tests/test_server_fuzz.py --timeout 3600
+
 ablation: .venv/dev  ## negatives, losses and prefixes on Wikispeedia, a model each: an hour on two cores; DATA=DIR
 	@$(RUN) -m pipeline import wikispeedia $(DATA) --out work/wikispeedia/input
 	@$(RUN) benchmarks/ablation.py --config configs/wikispeedia.yaml --work work/ablation --pairs 6000 \
@@ -104,7 +116,8 @@ test-properties: .venv/dev  ## sessions against Beam's own windows and themselve
 	@HYPOTHESIS_CASES=2000 POLARS_MAX_THREADS=1 $(RUN) -m pytest tests/test_session_properties.py
 
 test-benchmarks: .venv/dev  ## the scripts of benchmarks/, each run on little
-	@$(RUN) -m pytest -m benchmark tests/test_benchmarks.py tests/test_index_benchmarks.py tests/test_compare.py tests/test_train.py
+	@$(RUN) -m pytest -m benchmark tests/test_benchmarks.py tests/test_index_benchmarks.py tests/test_serving_benchmark.py \
+	    tests/test_compare.py tests/test_train.py
 
 test-cluster: .venv/dev  ## stages pairs and encode on a Dask cluster, a worker killed on the way: the same bytes
 	@$(RUN) -m pytest -m cluster tests/test_cluster.py
@@ -116,7 +129,7 @@ lint: .venv/dev  ## ruff and mypy
 
 lock: .venv/dev  ## pin the newest allowed packages anew
 	@.venv/bin/python -m venv work/lock && work/lock/bin/pip install --quiet pip-tools
-	@for lock in run dev bench-index; do work/lock/bin/pip-compile --quiet --upgrade --generate-hashes --no-annotate \
+	@for lock in run dev bench-index bench-serving; do work/lock/bin/pip-compile --quiet --upgrade --generate-hashes --no-annotate \
 	    --no-header --no-emit-index-url --no-emit-find-links --strip-extras --unsafe-package torch \
 	    $$(case $$lock in run) echo "$(EXTRAS)";; dev) echo "--extra dev --extra cluster -c requirements/run.lock";; \
 	        *) echo "--extra $$lock -c requirements/run.lock";; esac) \

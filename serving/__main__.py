@@ -10,21 +10,6 @@ from pathlib import Path
 from pipeline.errors import PipelineError, from_os_error
 from serving.client import DEFAULT_MODEL_NAME, DEFAULT_URL
 
-SERVE_HELP = """
-A local server with TensorFlow Serving's REST API and flags.
-
-commands beside serving:
-  python -m serving ask "TEXT"     encode a text, ask a running server, show the documents found
-  python -m serving probe          exit 0 when a version is served and a query is answered, else 1
-  python -m serving tour           start a server, ask it all of the above once, stop it
-"""
-SERVE_EXAMPLES = """
-examples:
-  python -m serving --rest_api_port=9090 --model_name=index --model_base_path=work/models/index
-  curl http://localhost:9090/v1/models/index
-  curl http://localhost:9090/v1/models/index/metadata
-  curl -d '{"inputs": [0.5, ..., 0.5]}' -X POST http://localhost:9090/v1/models/index:predict
-"""
 ASK_EXAMPLES = """
 examples:
   python -m serving ask "merge two tables on a key" -k 10
@@ -65,31 +50,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _serve(arguments: list[str]) -> int:
-    parser = _parser("python -m serving", SERVE_HELP, SERVE_EXAMPLES)
-    parser.add_argument("--rest_api_port", type=_port, default=9090, help="default %(default)s")
-    _add_model(parser)
-    parser.add_argument(
-        "--file_system_poll_wait_seconds",
-        type=_seconds,
-        default=1.0,
-        help="how often to look for a newer version; 0: once, at the start; default 1",
-    )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on, this server's own flag; default %(default)s",
-    )
-    args = parser.parse_args(arguments)
-    from serving.server import serve
+    from serving.flags import parse
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    serve(
-        model_name=args.model_name,
-        model_base_path=_base_path(args),
-        rest_api_port=args.rest_api_port,
-        host=args.host,
-        file_system_poll_wait_seconds=args.file_system_poll_wait_seconds,
-    )
+    flags = parse(arguments)
+    from serving.server import serve
+
+    serve(flags)
     return 0
 
 
@@ -190,22 +157,16 @@ def _positive(text: str) -> int:
     return int(_number(text, int, "a whole number of 1 or more", 1))
 
 
-def _port(text: str) -> int:
-    return int(_number(text, int, "a port of 1 to 65535", 1, 65535))
-
-
 def _seconds(text: str) -> float:
     return _number(text, float, "seconds, 0 or more", 0)
 
 
-def _number(
-    text: str, kind: Callable[[str], float], wanted: str, low: float, high: float = math.inf
-) -> float:
+def _number(text: str, kind: Callable[[str], float], wanted: str, low: float) -> float:
     try:
         value = kind(text)
     except ValueError:
         value = math.nan
-    if not low <= value <= high or math.isinf(value):
+    if not low <= value < math.inf:
         raise argparse.ArgumentTypeError(f"is {text}, wanted {wanted}")
     return value
 

@@ -5,21 +5,25 @@ model_servers/http_rest_api_util.cc, so that a client cannot tell this server fr
 """
 
 import base64
-import binascii
 import json
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 from serving import rapidjson
 from serving.rapidjson import JsonError, JsonValue
 
+if TYPE_CHECKING:
+    import numpy as np
+
 DEFAULT_SIGNATURE = "serving_default"
 MAX_RANK = 254  # TensorFlow's TensorShape::MaxDimensions
+MAX_PATHS = 1024  # whose meaning is kept: a server is asked for the same few again and again
 JSON_TYPE = "application/json"
 
 # model_servers/http_server.cc, ToHTTPStatusCode
@@ -38,22 +42,39 @@ _POST = re.compile(
 _GET = re.compile(
     r"/v1/models(?:/([^/:]+))?(?:(?:/versions/(\d+))|(?:/labels/([^/:]+)))?(?:/(metadata))?", _FLAGS
 )
+# libevent 2.1.8, evhttp_uri_parse: RFC 3986, and what it calls legal in each part
+_LEGAL = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/%s-]|%%[0-9A-Fa-f]{2})*"
+_TARGET = re.compile(
+    rb"(?:[A-Za-z][A-Za-z0-9+.-]*:)?(?://[^/?#]*)?(%s(?:\?%s)?(?:#%s)?)"
+    % (_LEGAL % b"", _LEGAL % b"?", _LEGAL % b"?")
+)
+# google/protobuf/util/internal/json_escaping.cc escapes these too: the first two for the sake of HTML
+_PROTO_ESCAPES = {
+    code: f"\\u{code:04x}"
+    for code in (0x3C, 0x3E, *range(0x7F, 0xA0), 0xAD, *range(0x200B, 0x2010), *range(0x2028, 0x202F), 0xFEFF)
+}
 _INTEGERS = {  # dtype: what RapidJSON's IsInt, IsUint, IsInt64 and IsUint64 accept
     "DT_INT32": (-(2**31), 2**31), "DT_INT16": (-(2**31), 2**31), "DT_INT8": (-(2**31), 2**31),
     "DT_UINT8": (-(2**31), 2**31), "DT_INT64": (-(2**63), 2**63), "DT_UINT32": (0, 2**32),
     "DT_UINT64": (0, 2**64),
 }  # fmt: skip
 _FLOATS = {"DT_FLOAT": "f", "DT_DOUBLE": "d"}
+_NO_SPACE = dict.fromkeys(b" \t\n\v\f\r")
 
 
 class RequestError(Exception):
-    """A request that is answered by an error, with TensorFlow's name of the code."""
+    """A request that is answered by an error, with TensorFlow's name of the code.
 
-    def __init__(self, code: str, message: str, empty_body: bool = False) -> None:
+    Attributes:
+        model_name: whose error it is, where no Route says so.
+    """
+
+    def __init__(self, code: str, message: str, empty_body: bool = False, model_name: str = "") -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.empty_body = empty_body
+        self.model_name = model_name
 
     @property
     def http_status(self) -> int:
@@ -102,11 +123,14 @@ class Signature:
 
 @dataclass(frozen=True)
 class Tensor:
-    """`values` are the elements in row-major order: numbers, bools, or bytes for DT_STRING."""
+    """`values` are the elements in row-major order: numbers, bools, or bytes for DT_STRING.
+
+    They may be a flat NumPy array.
+    """
 
     dtype: str
     shape: tuple[int, ...]
-    values: Sequence[Any]
+    values: "Sequence[Any] | np.ndarray"
 
 
 @dataclass(frozen=True)
@@ -119,16 +143,24 @@ class VersionStatus:
     error_message: str = ""
 
 
+@lru_cache(MAX_PATHS)
+def path_of(target: bytes) -> str | None:
+    """The path, query and fragment that a request line names; None where libevent would refuse it."""
+    match = _TARGET.fullmatch(target)
+    return match[1].decode() if match else None
+
+
 def is_api(path: str) -> bool:
     """Whether the REST API answers this path at all; everything else is an HTML 404."""
     return _API.fullmatch(path) is not None
 
 
+@lru_cache(MAX_PATHS)
 def route(http_method: str, path: str) -> Route:
     """What a request asks for.
 
     Args:
-        path: as in the request line, still encoded, with the query string.
+        path: as in the request line, still encoded, with the query string: `path_of`.
 
     Raises:
         RequestError: the path or method is none of the API's.
@@ -138,9 +170,11 @@ def route(http_method: str, path: str) -> Route:
     if not match:
         raise RequestError("INVALID_ARGUMENT", f"Malformed request: {http_method} {path}")
     name, version, label, action = match.groups(default="")
-    if version and int(version) >= 2**63:
+    number = version.lstrip("0") or version[:1]  # Python reads no thousands of digits
+    if len(number) > 19 or (number and int(number) >= 2**63):
         # http_rest_api_handler.cc returns before it writes the JSON
-        raise RequestError("INVALID_ARGUMENT", f"Failed to convert version: {version} to numeric.", True)
+        said = f"Failed to convert version: {version} to numeric."
+        raise RequestError("INVALID_ARGUMENT", said, empty_body=True, model_name=_decode(name))
     if http_method == "GET":
         # The pattern ignores case, the comparison after it does not: /METADATA is a status request.
         action = "metadata" if action == "metadata" else "status"
@@ -148,7 +182,7 @@ def route(http_method: str, path: str) -> Route:
             raise RequestError("INVALID_ARGUMENT", "Missing model name in request.")
     elif action not in ("classify", "regress", "predict"):
         raise RequestError("INVALID_ARGUMENT", f"Malformed request: {http_method} {path}")
-    return Route(action, _decode(name), int(version) if version else None, _decode(label) or None)
+    return Route(action, _decode(name), int(number) if number else None, _decode(label) or None)
 
 
 def read_json(body: bytes) -> dict[str, JsonValue]:
@@ -222,8 +256,10 @@ def predict_body(outputs: Mapping[str, Tensor], document: dict[str, JsonValue]) 
     """The answer, in the form of the request: columnar `outputs` or row `predictions`.
 
     Raises:
-        RequestError: the outputs have no common first dimension, so there are no rows.
+        RequestError: there are no outputs, or they have no common first dimension, so there are no rows.
     """
+    if not outputs:
+        raise RequestError("INVALID_ARGUMENT", "Cannot convert empty tensor map to JSON")
     tensors = sorted(outputs.items())
     return _encode(_row_answer(tensors) if "instances" in document else _columnar_answer(tensors))
 
@@ -238,7 +274,7 @@ def status_body(rows: Iterable[VersionStatus]) -> bytes:
         }
         for row in rows
     ]
-    return _proto_json({"model_version_status": listed}).encode()
+    return _encode(_proto_json({"model_version_status": listed}))
 
 
 def metadata_body(model_name: str, version: int, signatures: Mapping[str, Signature]) -> bytes:
@@ -252,6 +288,25 @@ def error_body(message: str) -> bytes:
     return _encode(f'{{\n    "error": {rapidjson.string(message)}\n}}')
 
 
+def check_examples(document: dict[str, JsonValue]) -> None:
+    """Whether a `:classify` or `:regress` request is one; there this comes before the model is looked for.
+
+    Raises:
+        RequestError: the examples are missing, or are none.
+    """
+    if "context" in document:
+        _check_example(document["context"])
+    if "examples" not in document:
+        raise _refuse(document, "When method is classify, key 'examples' is expected and was not found")
+    examples = document["examples"]
+    if not isinstance(examples, list):
+        raise _refuse(document, "Expecting 'examples' value to be an list/array")
+    if not examples:
+        raise _refuse(document, "'examples' value is an empty array")
+    for example in examples:
+        _check_example(example)
+
+
 def refuse_examples(action: str, document: dict[str, JsonValue], signatures: Mapping[str, Signature]) -> None:
     """The real server's refusal of `:classify` and `:regress`, which no signature here serves.
 
@@ -259,16 +314,45 @@ def refuse_examples(action: str, document: dict[str, JsonValue], signatures: Map
         RequestError: always.
     """
     name = signature_name(document)
-    examples = document.get("examples")
-    if "examples" not in document:
-        raise _refuse(document, "When method is classify, key 'examples' is expected and was not found")
-    if not isinstance(examples, list):
-        raise _refuse(document, "Expecting 'examples' value to be an list/array")
-    if not examples:
-        raise _refuse(document, "'examples' value is an empty array")
+    check_examples(document)
     if name not in signatures:
         raise RequestError("INVALID_ARGUMENT", f"No signature was found with the name: {name}")
     raise RequestError("INVALID_ARGUMENT", _why_no_examples(action, signatures[name]))
+
+
+def _check_example(example: JsonValue) -> None:
+    """MakeExampleFromJsonObject: each feature is a value or a list of values of one kind."""
+    if not isinstance(example, dict):
+        kind = rapidjson.kind(example)
+        raise RequestError("INVALID_ARGUMENT", f"Example must be JSON object but got JSON {kind}")
+    for name, content in example.items():
+        wanted = ""
+        for value in content if isinstance(content, list) else [content]:
+            kind = _feature_kind(name, value)
+            if wanted not in ("", kind):
+                raise RequestError(
+                    "INVALID_ARGUMENT",
+                    f"Unexpected element type in feature: {name} expecting type: {wanted}",
+                )
+            if kind == "int64" and value >= 2**63:
+                raise RequestError(
+                    "INVALID_ARGUMENT",
+                    f"Feature: {name} has uint64_t element. Only int64_t is supported.",
+                )
+            wanted = kind
+
+
+def _feature_kind(name: str, value: JsonValue) -> str:
+    """Which of a feature's lists a value goes to: bytes, float or int64."""
+    if isinstance(value, str) or _is_base64(value):
+        _bytes(value)  # what is no base64 is refused
+        return "bytes"
+    if isinstance(value, float):
+        return "float"
+    if isinstance(value, int):  # a bool too
+        return "int64"
+    kind = rapidjson.kind(value)
+    raise RequestError("INVALID_ARGUMENT", f"Feature: {name} has element with unexpected JSON type: {kind}")
 
 
 def _why_no_examples(action: str, signature: Signature) -> str:
@@ -403,6 +487,8 @@ def _tensor(value: JsonValue, dtype: str) -> Tensor:
     Raises:
         RequestError: the lists are ragged, or an element has another type.
     """
+    if dtype in _FLOATS and isinstance(value, list) and not set(map(type, value)) - {int, float}:
+        return Tensor(dtype, (len(value),), array(_FLOATS[dtype], value))  # a vector, as nearly always
     shape = _shape(value)
     if len(shape) > MAX_RANK:
         raise RequestError("INVALID_ARGUMENT", f"tensor of rank {len(shape)}, wanted at most {MAX_RANK}")
@@ -455,9 +541,23 @@ def _bytes(value: JsonValue) -> bytes:
     if not _is_base64(value):
         raise _refuse(value, "not formatted correctly for base64 data")
     try:
-        return base64.b64decode(value["b64"], validate=True)
-    except (binascii.Error, ValueError):
+        return _from_base64(value["b64"])
+    except ValueError:
         raise RequestError("INVALID_ARGUMENT", "Unable to base64 decode") from None
+
+
+def _from_base64(text: str) -> bytes:
+    """As absl's Base64Unescape: white space anywhere, padding by `=` or `.`, all of it or none.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    text = text.translate(_NO_SPACE)
+    digits = text.rstrip("=.")
+    n_pads = -len(digits) % 4
+    if len(text) - len(digits) not in (0, n_pads):
+        raise ValueError
+    return base64.b64decode(digits + "=" * n_pads, validate=True)
 
 
 def _complain(value: JsonValue, level: int, shape: tuple[int, ...], dtype: str) -> None:
@@ -541,19 +641,19 @@ def _common_rows(tensors: list[tuple[str, Tensor]]) -> int:
 
 def _spell(name: str, tensor: Tensor) -> list[str]:
     """Each element as JSON."""
+    values: Any = getattr(tensor.values, "tolist", lambda: tensor.values)()
     if tensor.dtype in _FLOATS:
-        single = tensor.dtype == "DT_FLOAT"
-        return [rapidjson.number(value, single) for value in tensor.values]
+        return rapidjson.numbers(values, single=tensor.dtype == "DT_FLOAT")
     if tensor.dtype == "DT_BOOL":
-        return ["true" if value else "false" for value in tensor.values]
+        return ["true" if value else "false" for value in values]
     if tensor.dtype in _INTEGERS:
-        return [str(int(value)) for value in tensor.values]
+        return list(map(str, values))
     if tensor.dtype != "DT_STRING":
         kind = tensor.dtype.removeprefix("DT_").lower()
         raise RequestError("INVALID_ARGUMENT", f"Failed to write JSON value for tensor type: {kind}")
     if name.endswith("_bytes"):
-        return [f'{{"b64": "{base64.b64encode(value).decode()}"}}' for value in tensor.values]
-    return [rapidjson.string(value.decode("utf-8", "surrogateescape")) for value in tensor.values]
+        return [f'{{"b64": "{base64.b64encode(value).decode()}"}}' for value in values]
+    return [rapidjson.string(value.decode("utf-8", "surrogateescape")) for value in values]
 
 
 def _nested(spelled: list[str], shape: tuple[int, ...], level: int) -> str:
@@ -562,14 +662,17 @@ def _nested(spelled: list[str], shape: tuple[int, ...], level: int) -> str:
         return spelled[0]
     if not shape[0]:
         return "[]"
-    size = len(spelled) // shape[0]
-    items = [_nested(spelled[i * size : (i + 1) * size], shape[1:], level + 1) for i in range(shape[0])]
+    size, items = len(spelled) // shape[0], spelled
+    if len(shape) > 1:
+        items = [_nested(spelled[i * size : (i + 1) * size], shape[1:], level + 1) for i in range(shape[0])]
     indent = "\n" + "    " * (level + 1)
     return "[" + indent + f",{indent}".join(items) + "\n" + "    " * level + "]"
 
 
 def _rows_of(spelled: list[str], shape: tuple[int, ...]) -> list[str]:
     """Each row of a tensor on one line."""
+    if len(shape) == 1:
+        return spelled
     size = len(spelled) // shape[0] if shape[0] else 0
     return [_line(spelled[i * size : (i + 1) * size], shape[1:]) for i in range(shape[0])]
 
@@ -594,4 +697,5 @@ def _show_tensor(info: TensorInfo) -> dict[str, Any]:
 
 def _proto_json(message: dict[str, Any]) -> str:
     """protobuf's JSON: one space a level, and a last line break; integers of 64 bits are strings."""
-    return json.dumps(message, indent=1, ensure_ascii=False) + "\n"
+    # What is escaped besides stands inside strings alone, so the whole text can be translated.
+    return json.dumps(message, indent=1, ensure_ascii=False).translate(_PROTO_ESCAPES) + "\n"

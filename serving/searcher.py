@@ -1,20 +1,23 @@
-"""One index version, opened and ready to answer its signatures; the only TensorFlow user in `serving`.
+"""One index version, opened and ready to answer its signatures; the only TensorFlow user of the request path.
 
 Loads by TensorFlow's session loader, as TensorFlow Serving does, so that what fails there fails here,
 and in the same words.
 """
 
+import gc
 import logging
 import os
 import re
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from serving.handles import LoadError
 from serving.protocol import RequestError, Signature, Tensor, TensorInfo
-from serving.versions import LoadError
 
 _NUMPY: dict[str, type] = {
     "DT_FLOAT": np.float32,
@@ -22,9 +25,18 @@ _NUMPY: dict[str, type] = {
     "DT_INT32": np.int32,
     "DT_INT64": np.int64,
 }
-_NUMPY |= {"DT_INT16": np.int16, "DT_INT8": np.int8, "DT_UINT8": np.uint8, "DT_BOOL": np.bool_}
-_NUMPY |= {"DT_UINT32": np.uint32, "DT_UINT64": np.uint64, "DT_STRING": np.object_}
+_NUMPY |= {"DT_UINT32": np.uint32, "DT_UINT64": np.uint64, "DT_STRING": np.object_, "DT_BOOL": np.bool_}
+_SMALL = {"DT_INT16": np.int16, "DT_INT8": np.int8, "DT_UINT16": np.uint16, "DT_UINT8": np.uint8}
+_NUMPY |= _SMALL
 _PYTHON_PREFIX = "Graph execution error:\n\n"  # Python adds it; the C++ server's texts begin after it
+
+
+class _Call(NamedTuple):
+    """A signature, prepared: names sorted, outputs with their types."""
+
+    run: Callable[..., list[np.ndarray]]
+    inputs: list[str]
+    outputs: list[tuple[str, str]]
 
 
 class Searcher:
@@ -35,9 +47,12 @@ class Searcher:
     """
 
     def __init__(self, session: Any, signature_defs: Mapping[str, Any]) -> None:
-        self._session = session
-        self._calls = {n: _callable(session, s) for n, s in signature_defs.items() if s.inputs}
         self.signatures = {name: _signature(proto) for name, proto in signature_defs.items()}
+        self._session = session
+        self._calls = {n: _call(session, s) for n, s in signature_defs.items() if s.inputs}
+        self._idle = threading.Condition(threading.Lock())
+        self._n_running = 0
+        self._is_closed = False
 
     @classmethod
     def open(cls, folder: Path) -> "Searcher":
@@ -63,25 +78,55 @@ class Searcher:
                 raise LoadError(_code(error), _text(error) or type(error).__name__) from error
 
     def run(self, signature_name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Answer one request.
+        """Answer one request; the values of its tensors are NumPy arrays.
 
         Args:
-            inputs: every input of the signature, by name.
+            inputs: every input of the signature, by name. Values that are an array already, of the right
+                type, are not copied.
 
         Raises:
-            RequestError: an op refused the input; the text is the op's own.
+            RequestError: an op refused the input; the text is the op's own. Or the version is closed.
         """
-        signature = self.signatures[signature_name]
+        from tensorflow import errors
+
+        self._enter()
         try:
-            values = self._calls[signature_name](*[_array(inputs[name]) for name in sorted(signature.inputs)])
-        except Exception as error:
+            call = self._calls[signature_name]
+            values = call.run(*[_array(inputs[name]) for name in call.inputs])
+        except errors.OpError as error:  # anything else is a fault of this server, and its log wants it whole
             raise RequestError(_code(error), _text(error)) from error
-        names = sorted(signature.outputs)
-        return {n: _tensor(v, signature.outputs[n].dtype) for n, v in zip(names, values, strict=True)}
+        finally:
+            self._leave()
+        return {name: _tensor(v, dtype) for (name, dtype), v in zip(call.outputs, values, strict=True)}
+
+    def close(self) -> None:
+        """Wait for the searches that run, then give the memory back; later searches are refused."""
+        with self._idle:
+            self._is_closed = True
+            self._idle.wait_for(lambda: not self._n_running)
+            session, self._session = self._session, None
+            self._calls = {}
+        if session is not None:
+            session.close()
+            del session
+            gc.collect()  # a TensorFlow graph refers to itself
+
+    def _enter(self) -> None:
+        with self._idle:
+            if self._is_closed:
+                raise RequestError("CANCELLED", "Session has been closed.")
+            self._n_running += 1
+
+    def _leave(self) -> None:
+        with self._idle:
+            self._n_running -= 1
+            if self._is_closed:
+                self._idle.notify_all()
 
 
 def _tensorflow() -> Any:
     """TensorFlow with ScaNN's ops, which must be registered before a graph that names them is read."""
+    is_new = "tensorflow" not in sys.modules
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # ScaNN searches on the CPU
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # the tfrs layer that wrote the graph needs it
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else every refused request is a line
@@ -92,20 +137,30 @@ def _tensorflow() -> Any:
         from scann.scann_ops.py import scann_ops  # noqa: F401
     except ImportError as error:
         raise LoadError("UNIMPLEMENTED", f"ScaNN's TensorFlow ops cannot be loaded: {error}") from error
+    if is_new:
+        # The import makes 300,000 objects that stay. Each time Python looks through them for garbage all
+        # threads stand still for 0.2 s. A version is loaded later, so what it makes can still be given back.
+        gc.collect()
+        gc.freeze()
     return tf
 
 
-def _callable(session: Any, signature: Any) -> Any:
+def _call(session: Any, signature: Any) -> _Call:
     """A prepared call: inputs and outputs in the order of their names.
 
     `Session.make_callable` would compare shapes first and refuse in Python's words, not the op's.
     """
+    from tensorflow.core.framework import types_pb2
     from tensorflow.core.protobuf import config_pb2
 
+    inputs, outputs = sorted(signature.inputs), sorted(signature.outputs)
     options = config_pb2.CallableOptions()
-    options.feed.extend(signature.inputs[name].name for name in sorted(signature.inputs))
-    options.fetch.extend(signature.outputs[name].name for name in sorted(signature.outputs))
-    return session._make_callable_from_options(options)
+    options.feed.extend(signature.inputs[name].name for name in inputs)
+    options.fetch.extend(signature.outputs[name].name for name in outputs)
+    options.run_options.inter_op_thread_pool = -1  # on the caller's thread: no change of thread for each op
+    types = [types_pb2.DataType.Name(signature.outputs[name].dtype) for name in outputs]
+    run = session._make_callable_from_options(options)
+    return _Call(run, inputs, list(zip(outputs, types, strict=True)))
 
 
 def _signature(proto: Any) -> Signature:
@@ -122,12 +177,15 @@ def _info(proto: Any) -> TensorInfo:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype in _SMALL:  # a number too large for its type is cut to the type's bits, as there
+        whole = np.asarray(tensor.values, np.int64)
+        return whole.astype(_SMALL[tensor.dtype]).reshape(tensor.shape)
     return np.asarray(tensor.values, dtype=_NUMPY[tensor.dtype]).reshape(tensor.shape)
 
 
-def _tensor(value: np.ndarray, dtype: str) -> Tensor:
-    value = np.asarray(value)
-    return Tensor(dtype, value.shape, value.ravel().tolist())
+def _tensor(value: Any, dtype: str) -> Tensor:
+    value = np.asarray(value, dtype=_NUMPY.get(dtype))  # a scalar comes as no array; text stays bytes
+    return Tensor(dtype, value.shape, value.ravel())
 
 
 def _code(error: Exception) -> str:

@@ -57,10 +57,14 @@ def running(model_base_path: Path, model_name: str) -> Iterator[Client]:
         ServingError: it ended before it was ready, or did not become ready in time.
     """
     port = _free_port()
-    command = [sys.executable, "-m", "serving", f"--rest_api_port={port}", f"--model_name={model_name}"]
-    server = subprocess.Popen(
-        [*command, f"--model_base_path={model_base_path}"], stderr=subprocess.PIPE, text=True
-    )
+    flags = [
+        f"--rest_api_port={port}",
+        "--port=0",  # no gRPC: its default port may be another server's
+        f"--model_name={model_name}",
+        f"--model_base_path={model_base_path.absolute()}",
+        "--max_num_load_retries=0",  # what fails now fails in a minute
+    ]
+    server = subprocess.Popen([sys.executable, "-m", "serving", *flags], stderr=subprocess.PIPE, text=True)
     try:
         with Client(f"http://localhost:{port}", model_name) as client:
             try:

@@ -11,13 +11,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from serving.client import Client
+from serving.coalescing import Searches
+from serving.flags import Flags
+from serving.handles import LoadError
+from serving.http_limits import Limits
+from serving.monitoring import Monitoring
 from serving.protocol import RequestError, Signature, Tensor, TensorInfo
-from serving.server import make_app, make_server
-from serving.versions import LoadError, Versions
+from serving.server import IndexApp, make_server
+from serving.versions import Models
+from serving.wanted import ModelConfig
 
 K = 3
 ROOT = Path(__file__).parent.parent
@@ -94,11 +101,14 @@ class RowsSearcher:
         }
         self.signatures = {"serving_default": Signature(inputs, outputs, "tensorflow/serving/predict")}
 
+    def close(self) -> None: ...
+
     def run(self, signature_name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         query = inputs["input_1"]
         if query.shape != self.rows.shape[1:]:
             raise RequestError("INVALID_ARGUMENT", "Query doesn't match dataset dimsensionality")
-        scores = self.rows @ np.asarray(query.values, np.float32)
+        with np.errstate(invalid="ignore"):  # NaN and infinities are numbers too
+            scores = self.rows @ np.asarray(query.values, np.float32)
         best = np.argsort(-scores, kind="stable")[: self.k]
         return {
             "output_1": Tensor("DT_FLOAT", best.shape, scores[best].tolist()),
@@ -124,43 +134,137 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
+def rows_models(base: Path) -> Models:
+    """The versions of model `index` under a folder, loaded; one that fails is tried once."""
+    models = Models([ModelConfig("index", base)], open_rows, max_num_load_retries=0)
+    models.poll()
+    return models
+
+
 @contextmanager
-def rows_server(base: Path) -> Iterator[tuple[str, Versions]]:
-    """The real application on a real socket, in this process, over `open_rows` versions."""
-    versions = Versions("index", base, open_rows)
-    versions.poll()
+def rows_server(base: Path, limits: Limits | None = None, **flags: Any) -> Iterator[tuple[str, Models]]:
+    """The real application on a real socket, in this process, over `open_rows` versions.
+
+    Args:
+        limits: of connections; None: those of the flags.
+        flags: of the server, by name.
+    """
+    models, monitoring = rows_models(base), Monitoring()
+    monitoring.watch_versions(models.states)
+    searches = Searches(monitoring)
+    with app_server(IndexApp(models, searches, monitoring, Flags(**flags)), limits) as url:
+        yield url, models
+    searches.close()
+    models.close()
+
+
+@contextmanager
+def app_server(app: IndexApp, limits: Limits | None = None) -> Iterator[str]:
+    """An application on a real socket, in this process."""
+    app.limits = limits or app.limits
     listener = socket.create_server(("127.0.0.1", 0))
-    server = make_server(make_app(versions))
+    server = make_server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.005)
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", versions
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
         listener.close()
 
 
+# The server's own process but for what a version is: no framework is loaded, so that it starts at once.
+SERVE_ROWS = """
+import sys
+from serving import searcher, server
+from serving.flags import parse
+from serving_parts import open_rows
+searcher.Searcher.open = open_rows
+server.warm_up = lambda servable, folder, **_: None
+server.serve(parse(sys.argv[1:]))
+"""
+
+
 @contextmanager
 def server_process(base: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """`python -m serving` as a user starts it."""
-    port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "serving",
-        f"--rest_api_port={port}",
-        f"--model_base_path={base}",
-        *flags,
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    """`python -m serving` as a user starts it: model `index`, REST alone, a failed load is tried once."""
+    with _process(["-m", "serving"], base, *flags) as started:
+        yield started
+
+
+@contextmanager
+def rows_process(
+    base: Path, *flags: str, port: int | None = None, is_awaited: bool = True
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The same over `open_rows` versions; ready, where that is awaited."""
+    with _process(["-c", SERVE_ROWS], base, *flags, port=port) as (url, process):
+        if is_awaited:
+            with Client(url, "index") as client:
+                client.wait_until_ready(deadline=60, poll_seconds=0.02)
+        yield url, process
+
+
+@contextmanager
+def _process(
+    program: Sequence[str], base: Path, *flags: str, port: int | None = None
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    port = port or free_port()
+    own = {
+        "rest_api_port": port, "port": 0, "model_name": "index", "model_base_path": base,
+        "max_num_load_retries": 0,
+    }  # fmt: skip
+    given = {flag.removeprefix("--").partition("=")[0] for flag in flags}
+    command = [sys.executable, *program, *flags]
+    command += [f"--{name}={value}" for name, value in own.items() if name not in given]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         yield f"http://127.0.0.1:{port}", process
     finally:
         process.kill()
         process.communicate()
+
+
+@contextmanager
+def raw_connection(url: str, seconds: float = 10) -> Iterator[tuple[socket.socket, BinaryIO]]:
+    """A bare socket to a server, and a reader of it: clients hide how a server behaves."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    with (
+        socket.create_connection((host, int(port)), seconds) as connection,
+        connection.makefile("rb") as file,
+    ):
+        yield connection, file
+
+
+class Answer(NamedTuple):
+    """`first` is the status line; `headers` by lower-case name."""
+
+    first: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def status(self) -> int:
+        return int(self.first.split(" ")[1])
+
+
+def read_answer(file: BinaryIO, *, to_end: bool = False) -> Answer:
+    """The next answer of a connection.
+
+    Args:
+        to_end: the body ends with the connection, as where no length is told.
+    """
+    lines: list[str] = []
+    while not lines or lines[-1]:
+        line = file.readline()
+        assert line.endswith(b"\r\n"), f"the connection ended after {lines} {line!r}"
+        lines.append(line[:-2].decode("latin-1"))
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:-1])}
+    body = file.read() if to_end else file.read(int(headers.get("content-length", 0)))
+    return Answer(lines[0], headers, body)
 
 
 def wait_for_version(url: str, version: int, state: str, seconds: float = 60) -> None:

@@ -32,9 +32,20 @@ ALLOWED = {  # framework -> modules that may import it
         "pipeline.scann_layer",
         "pipeline.served",
         "pipeline.stored_rows",
+        "pipeline.warmup",
+        "serving.predict_proto",
         "serving.searcher",
+        "serving.warmup",
     },
     "tensorflow_recommenders": {"pipeline.scann_layer", "pipeline.tfrs_layer"},
+    # its apis import TensorFlow, its config does not
+    "tensorflow_serving": {"pipeline.warmup", "serving.model_config", "serving.rpc", "serving.warmup"},
+    "grpc": {"serving.rpc"},
+    "prometheus_client": {"serving.monitoring"},
+    "httptools": {"serving.http_limits"},
+    "orjson": {"serving.rapidjson"},
+    "uvicorn": {"serving.http_limits", "serving.server"},
+    "uvloop": {"serving.rpc"},
     "scann": {
         "pipeline.saved_index",
         "pipeline.scann_assets",
@@ -110,6 +121,23 @@ def loaded_by(statement: str) -> set[str]:
 )
 def test_the_command_lines_load_no_framework(module):
     assert not loaded_by(f"import {module}") & {*ALLOWED, "pandas", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["serving.flags", "serving.rpc", "serving.predict_proto", "serving.versions", "serving.coalescing"],
+)
+def test_the_server_s_parts_load_no_framework_before_a_version_is_opened(module):
+    frameworks = {"tensorflow", "scann", "torch", "tensorflow_recommenders", "sentence_transformers"}
+    assert not loaded_by(f"import {module}") & frameworks
+
+
+def test_flags_are_read_without_a_framework(tmp_path):
+    (tmp_path / "models.config").write_text(
+        'model_config_list { config { name: "a" base_path: "/a" model_platform: "tensorflow" } }'
+    )
+    read = f"from serving.flags import parse; parse(['--model_config_file={tmp_path}/models.config'])"
+    assert not loaded_by(read) & {"tensorflow", "scann", "grpc"}
 
 
 @pytest.mark.slow

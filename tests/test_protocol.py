@@ -3,7 +3,9 @@
 import json
 import math
 import struct
+from array import array
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,6 +77,7 @@ def test_a_path_says_what_is_asked(method, path, wanted):
         ("POST", "/v1/models/index:PREDICT"),
         ("HEAD", "/v1/models/index"),
         ("PUT", "/v1/models/index:predict"),
+        ("GET", "/v1/models/index\u0660/versions/\u0661"),  # digits, but not ASCII's
     ],
 )
 def test_any_other_path_is_a_malformed_request(method, path):
@@ -84,17 +87,38 @@ def test_any_other_path_is_a_malformed_request(method, path):
     assert caught.value.http_status == 400
 
 
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"/v1/models/index:predict", "/v1/models/index:predict"),
+        (b"/v1/models/index?x=1#y", "/v1/models/index?x=1#y"),
+        (b"http://a.example:80/v1/models/index", "/v1/models/index"),
+        (b"//v1/models/index", "/models/index"),  # a host named v1
+        (b"/v1/models/%69ndex", "/v1/models/%69ndex"),
+        (b"/v1/models/in[dex", None),
+        (b"/v1/models/%6", None),
+        (b"/v1/models/a b", None),
+        (b"/v1/models/\xc3\xa9", None),
+    ],
+)
+def test_a_request_line_names_a_path_or_no_uri(target, path):
+    # libevent 2.1.8, evhttp_uri_parse; evhttp_request.cc, decode
+    assert protocol.path_of(target) == path
+
+
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/versions/1"])
 def test_a_path_without_a_model_is_told_so(path):
     with pytest.raises(RequestError, match=r"^Missing model name in request\.$"):
         protocol.route("GET", path)
 
 
-def test_a_version_beyond_64_bits_is_refused_with_an_empty_body():
+@pytest.mark.parametrize("version", [str(2**63), "9" * 5000])  # Python itself reads 4,300 digits at most
+def test_a_version_beyond_64_bits_is_refused_with_an_empty_body(version):
     # http_rest_api_handler.cc returns before it writes the JSON
     with pytest.raises(RequestError) as caught:
-        protocol.route("GET", f"/v1/models/index/versions/{2**63}")
+        protocol.route("GET", f"/v1/models/index/versions/{version}")
     assert (caught.value.http_status, caught.value.body()) == (400, b"")
+    assert protocol.route("GET", f"/v1/models/index/versions/{'0' * 5000}7").version == 7
     assert protocol.route("GET", f"/v1/models/index/versions/{2**63 - 1}").version == 2**63 - 1
 
 
@@ -153,6 +177,53 @@ def test_what_rapidjson_forgives_is_read(body, value):
 def test_the_fast_reader_and_the_exact_one_agree(value):
     body = json.dumps(value).encode()
     assert repr(rapidjson.parse(body)) == repr(rapidjson._Reader(body).document())
+
+
+SPACES = st.sampled_from(["", " ", "\n", "\r\t"])
+KEYS = st.sampled_from(["a", "b", "a:b", "", "\\u0061"])
+JSON_TEXTS = st.recursive(  # keys may come twice, and numbers in any spelling
+    st.sampled_from(["null", "true", '"a:"', '"\\ud83d\\ude00"', "NaN", "-Infinity", "Inf", "-0", "1e400"])
+    | st.from_regex(r"-?(0|[1-9][0-9]{0,25})(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?", fullmatch=True),
+    lambda inner: (
+        st.builds(
+            lambda texts, space: f"[{f',{space}'.join(texts)}{space}]", st.lists(inner, max_size=4), SPACES
+        )
+        | st.builds(
+            lambda members, space: (
+                "{" + ",".join(f'{space}"{key}"{space}:{space}{text}' for key, text in members) + "}"
+            ),
+            st.lists(st.tuples(KEYS, inner), max_size=4),
+            SPACES,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+def read_by(read, body: bytes) -> str:
+    try:
+        return repr(read(body))
+    except rapidjson.JsonError as error:
+        return str(error)
+
+
+@given(JSON_TEXTS)
+def test_the_readers_agree_on_equal_keys_and_every_spelling_of_a_number(text):
+    body = text.encode()
+    assert read_by(rapidjson.parse, body) == read_by(lambda b: rapidjson._Reader(b).document(), body)
+
+
+@given(st.lists(st.floats() | st.floats(width=32) | st.integers(-(10**6), 10**6).map(float)), st.booleans())
+def test_many_numbers_are_printed_as_each_alone(values, single):
+    rounded = array("f", values).tolist() if single else values
+    wanted = [rapidjson.number(value, single) for value in rounded]
+    assert rapidjson.numbers(rounded, single) == wanted
+
+
+@given(st.binary(min_size=4, max_size=400).map(lambda b: np.frombuffer(b[: len(b) // 4 * 4], np.float32)))
+def test_any_float32_at_all_is_printed_so(values):
+    wanted = [rapidjson.number(value, True) for value in values.tolist()]
+    assert rapidjson.numbers(values.tolist(), True) == wanted
 
 
 @given(
@@ -276,6 +347,56 @@ def test_what_is_no_text_is_refused_as_an_id(given, message):
     assert refusal(b'{"inputs": {"minimum_score": 1, "allowed": ' + given + b"}}", FILTERS) == message
 
 
+@pytest.mark.parametrize("text", ["YQ", "YQ==", "YQ..", "YQ.=", " Y\\tQ\\n", "YQ= =", "YR"])
+def test_base64_is_read_as_absl_reads_it(text):
+    """Padded by either sign or not at all, with white space anywhere; bits beyond a byte do not count."""
+    body = f'{{"inputs": {{"minimum_score": 1, "allowed": [{{"b64": "{text}"}}]}}}}'
+    assert shapes_and_values(read(body.encode(), FILTERS))["allowed"] == ((1,), [b"a"])
+
+
+@pytest.mark.parametrize(
+    "text", ["Y", "YQ=", "YQ===", "Y=Q=", "YWJj=", "=", "YWJjZ", "YQ-_", "YQ\\u0000", "é"]
+)
+def test_what_absl_does_not_read_is_no_base64(text):
+    body = f'{{"inputs": {{"minimum_score": 1, "allowed": [{{"b64": "{text}"}}]}}}}'
+    assert refusal(body.encode(), FILTERS) == "Unable to base64 decode"
+
+
+def test_a_version_beyond_64_bits_is_an_error_of_its_model():
+    with pytest.raises(RequestError) as raised:
+        protocol.route("GET", "/v1/models/a%20b/versions/9223372036854775808")
+    assert raised.value.model_name == "a b"
+
+
+def test_what_is_no_plain_json_is_read_a_bounded_number_of_steps(monkeypatch):
+    monkeypatch.setattr(rapidjson, "MAX_STEPS", 4)
+    with pytest.raises(rapidjson.JsonError, match=r"^JSON Parse error: Invalid value. at offset: 11$"):
+        rapidjson.parse(b"[true,true,x]")  # the array and three values
+    said = "JSON Parse error: Not plain JSON, and more than 4 values to look at one by one. at offset: "
+    for body in (b"[true,true,true,x]", b'{"a":"\\n\\n",x', b'["", "", x]'):
+        with pytest.raises(rapidjson.JsonError) as raised:
+            rapidjson.parse(body)
+        assert str(raised.value).startswith(said), body
+    assert rapidjson.parse(b"[true,true,true,true]") == [True] * 4  # plain JSON has no bound
+    assert rapidjson.parse(b"[1,2,3,4,5,6,7,8,NaN]")[:8] == list(range(1, 9))  # nor have numbers in a row
+
+
+def test_a_large_value_is_not_printed_whole_in_an_error(monkeypatch):
+    value = [1] * 1000
+    assert rapidjson.text(value).count("1") == 1000
+    monkeypatch.setattr(rapidjson, "MAX_STEPS", 30)
+    assert 5 < rapidjson.text(value).count("1") < 30
+
+
+def test_a_deeply_nested_value_is_not_printed_whole_with_all_its_indents():
+    value = [1] * 20_000
+    for _ in range(400):
+        value = [value]
+    printed = rapidjson.text(value)  # 20,000 lines of 1,604 spaces each would be 32 MB
+    assert len(printed) == 2**20
+    assert printed.startswith("[\n    [\n        [\n")
+
+
 def test_a_scalar_input_takes_whole_numbers_only():
     body = b'{"inputs": {"queries": [[1, 2]], "k": 2.0}}'
     assert refusal(body, SEARCH) == "JSON Value: 2.0 Type: Number is not of expected type: int32"
@@ -385,6 +506,22 @@ def test_matrices_and_strings_are_nested_and_escaped():
         assert first == {"document_ids": ['a"\n\x1f'], "scores": [1.0], "raw_bytes": [{"b64": "/w=="}]}
 
 
+def test_an_answer_may_be_arrays():
+    arrays = {
+        "output_1": Tensor("DT_FLOAT", (2,), np.array([0.5, 0.25], np.float32)),
+        "output_2": Tensor("DT_INT32", (2,), np.array([4, 0], np.int32)),
+    }
+    for form in ({"inputs": 1}, {"instances": 1}):
+        assert protocol.predict_body(arrays, form) == protocol.predict_body(FOUND, form)
+    texts = {"x": Tensor("DT_STRING", (1,), np.array([b"a"], object))}
+    assert json.loads(protocol.predict_body(texts, {})) == {"outputs": ["a"]}
+
+
+def test_no_output_is_no_answer():
+    with pytest.raises(RequestError, match=r"^Cannot convert empty tensor map to JSON$"):
+        protocol.predict_body({}, {})
+
+
 def test_rows_without_a_common_first_dimension_are_refused():
     uneven = FOUND | {"output_2": Tensor("DT_INT32", (1,), [4])}
     with pytest.raises(RequestError, match="output_2 has inconsistent batch size: 1 expecting: 2"):
@@ -401,6 +538,14 @@ def test_the_status_lists_versions_as_strings():
     }  # fmt: skip
     assert (rows[1]["version"], rows[1]["status"]) == ("7", {"error_code": "OK", "error_message": ""})
     assert body.startswith(b'{\n "model_version_status": [\n  {\n   "version": "8",\n')
+
+
+def test_a_status_escapes_what_protobuf_does():
+    # protobuf's json_escaping.cc; ScaNN's ops have such names
+    body = protocol.status_body([VersionStatus(8, "END", "NOT_FOUND", "Op type 'Scann>Search' \x7f é")])
+    assert b"Op type 'Scann\\u003eSearch' \\u007f \xc3\xa9" in body
+    row = json.loads(body)["model_version_status"][0]
+    assert row["status"]["error_message"] == "Op type 'Scann>Search' \x7f é"
 
 
 def test_the_metadata_show_sizes_as_strings_and_an_unknown_rank():
@@ -428,6 +573,36 @@ def test_the_metadata_show_sizes_as_strings_and_an_unknown_rank():
         },
         "method_name": "tensorflow/serving/predict",
     }
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({}, "JSON Value: {} When method is classify, key 'examples' is expected and was not found"),
+        ({"context": 1}, "Example must be JSON object but got JSON Number"),
+        ({"examples": [1]}, "Example must be JSON object but got JSON Number"),
+        ({"examples": [{"a": None}]}, "Feature: a has element with unexpected JSON type: Null"),
+        ({"examples": [{"a": [[1]]}]}, "Feature: a has element with unexpected JSON type: Array"),
+        ({"examples": [{"a": {"x": 1}}]}, "Feature: a has element with unexpected JSON type: Object"),
+        ({"examples": [{"a": [1, 2.5]}]}, "Unexpected element type in feature: a expecting type: int64"),
+        ({"examples": [{"a": ["x", True]}]}, "Unexpected element type in feature: a expecting type: bytes"),
+        ({"examples": [{"a": {"b64": "?"}}]}, "Unable to base64 decode"),
+        (
+            {"examples": [{"a": 2**63}]},
+            "Feature: a has uint64_t element. Only int64_t is supported.",
+        ),
+    ],
+)
+def test_examples_that_are_none_are_named(document, message):
+    # util/json_tensor.cc, FillClassifyRegressRequestFromJson
+    with pytest.raises(RequestError) as caught:
+        protocol.check_examples(document)
+    assert caught.value.message == message
+
+
+def test_examples_of_every_kind_are_taken():
+    every = {"a": 1, "b": [0.5, 1.5], "c": ["x", {"b64": "/w=="}], "d": [True, 2], "e": []}
+    protocol.check_examples({"context": every, "examples": [every, {}]})
 
 
 def test_classify_and_regress_are_refused_as_there():

@@ -214,7 +214,29 @@ def test_the_row_form_makes_a_vector_of_k_and_is_refused(url):
     assert ask(url, "exact", k=1)["document_ids"] == best(EVERY, 1)
 
 
-def test_the_metadata_name_four_signatures_with_their_types_and_shapes(url):
+def test_several_queries_by_serving_default_batch_are_as_many_single_ones(url):
+    found = ask(url, "serving_default_batch")
+    for i, query in enumerate(QUERIES.tolist()):
+        status, answer = post(url, {"inputs": query})
+        assert (status, answer["outputs"]["output_2"]) == (200, found["rows"][i])
+        np.testing.assert_allclose(answer["outputs"]["output_1"], found["scores"][i], atol=1e-6)
+
+
+def test_queries_that_meet_are_answered_as_if_alone(url):
+    """They are searched together; one of them is refused, and the others do not notice."""
+    queries = unit_rows(40, DIM, seed=10)
+    wanted = best(EVERY, K, queries)
+    with ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(post, url, {"inputs": query.tolist()}) for query in queries]
+        wrong = [pool.submit(post, url, {"inputs": [float("nan")] * DIM}) for _ in range(4)]
+        for at, (status, answer) in enumerate(one.result() for one in asked):
+            assert status == 200
+            assert [IDS[row] for row in answer["outputs"]["output_2"]] == wanted[at]
+        for status, answer in (one.result() for one in wrong):
+            assert (status, "queries must be finite" in answer["error"]) == (400, True)
+
+
+def test_the_metadata_name_five_signatures_with_their_types_and_shapes(url):
     with Client(url) as client:
         shown = client.metadata()["metadata"]["signature_def"]["signature_def"]
     float_, int_, string = "DT_FLOAT", "DT_INT32", "DT_STRING"
@@ -230,6 +252,9 @@ def test_the_metadata_name_four_signatures_with_their_types_and_shapes(url):
     wanted = {
         "serving_default": (
             {"input_1": (float_, [-1])}, {"output_1": (float_, None), "output_2": (int_, None)},
+        ),
+        "serving_default_batch": (
+            {"queries": search["queries"]}, {"scores": (float_, [-1, K]), "rows": (int_, [-1, K])},
         ),
         "search": (search, found),
         "exact": ({name: search[name] for name in ("queries", "k")}, found),
