@@ -9,7 +9,7 @@ answer and sends another one of 2,000 real queries (a closed loop). gRPC's load 
 in several processes, which cost about as much as the server does: a lower bound. Every server is one process
 and has been asked before it is timed: its answers must reach the recall that its index was set to.
 
-Two versions over the same rows, both set to the same recall@10 by the fewest leaves: this project's index,
+Two versions over the same rows, each with the fastest settings of one recall@10: this project's index,
 and tfrs's layer tuned by hand. The server is asked with both and FastAPI with tfrs's, so that what the server
 gains and what the index gains are seen apart. Of the ways in which FastAPI is written (serving_peer.py) the
 fastest is taken. All servers are up at once, those that are not asked are idle, and they take turns: the

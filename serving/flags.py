@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from serving import __version__
 from serving.batching import Batching
 from serving.model_config import local_folder, read_batching, read_models, read_monitoring
 from serving.wanted import ModelConfig
@@ -380,7 +381,7 @@ def _default(name: str) -> str:
 
 def _versions() -> str:
     return (
-        f"highlights-to-scann {metadata.version('highlights-to-scann')}, "
+        f"highlights-to-scann {__version__}, "
         "answers as TensorFlow ModelServer 2.11\n"
         f"TensorFlow Library: {metadata.version('tensorflow')}"
     )

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 
-from serving import protocol
+from serving import accepting, protocol
 from serving.batching import Batching
 from serving.coalescing import Searches
 from serving.errors import ServingError
@@ -261,8 +261,8 @@ def unpack(body: bytes, max_bytes: int) -> bytes:
     return plain if gzip.eof and not gzip.unused_data else b""
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server, which stops another one with itself, and at once at a second signal."""
+class Server(accepting.Server):
+    """A server, which stops another one with itself, and at once at a second signal."""
 
     def __init__(self, config: uvicorn.Config, stop_others: Callable[[], None]) -> None:
         super().__init__(config)

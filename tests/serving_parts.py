@@ -17,6 +17,7 @@ import numpy as np
 
 from serving.client import Client
 from serving.coalescing import Searches
+from serving.errors import ServingError
 from serving.flags import Flags
 from serving.handles import LoadError
 from serving.http_limits import Limits
@@ -223,6 +224,10 @@ def _process(
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         yield f"http://127.0.0.1:{port}", process
+    except ServingError as error:
+        if process.poll() is None:
+            raise
+        raise AssertionError(f"the server ended with {process.returncode}: {process.stderr.read()}") from error
     finally:
         process.kill()
         process.communicate()

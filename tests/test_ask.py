@@ -66,7 +66,15 @@ def publish(
     if thresholds:
         table = table.append_column("threshold", pa.array(thresholds, pa.float64()))
     pq.write_table(table, assets / "documents.parquet", row_group_size=row_group_size)
-    written = {"encoder_sha256": ENCODER, "k": K, "dim": 8, "description": "simulated readers"} | manifest
+    files = file_hashes(assets.parent, left_out=[assets / "manifest.json"])
+    written = {
+        "encoder_sha256": ENCODER,
+        "k": K,
+        "dim": 8,
+        "description": "simulated readers",
+        "files": files,
+    }
+    written |= manifest
     (assets / "manifest.json").write_text(json.dumps(written))
     return PublishedVersion(folder / "models" / "index", version)
 

@@ -44,7 +44,7 @@ ALLOWED = {  # framework -> modules that may import it
     "prometheus_client": {"serving.monitoring"},
     "httptools": {"serving.http_limits"},
     "orjson": {"serving.rapidjson"},
-    "uvicorn": {"serving.http_limits", "serving.server"},
+    "uvicorn": {"serving.accepting", "serving.http_limits", "serving.server"},
     "uvloop": {"serving.rpc"},
     "scann": {
         "pipeline.saved_index",

@@ -199,7 +199,7 @@ def test_twenty_thousand_requests_leave_memory_files_and_threads_as_they_were(ba
         last = settled(pid, before.files)
     assert failures == idle.failures == []
     assert (after.files, after.threads) == (warm.files, warm.threads)
-    assert warm.files == before.files + N_IDLE
+    assert N_IDLE < warm.files <= before.files + N_IDLE
     assert last.files <= before.files
     # The least that a forgotten request leaves is its future and what that holds: half a kilobyte.
     assert after.rss_anon - warm.rss_anon < n_asked * 512
