@@ -12,7 +12,7 @@ CLUSTER ?= 127.0.0.1:8786
 TWIN ?= $(CURDIR)/.twin
 RUN := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check install --quiet
-EXTRAS := --extra pairs --extra import --extra train --extra index --extra evaluate --extra serving --extra demo
+EXTRAS := --extra pairs --extra import --extra train --extra index --extra evaluate --extra serving --extra gateway --extra demo
 
 .PHONY: help demo real serve test test-twin test-properties test-benchmarks cluster test-cluster bench bench-encode bench-train bench-index bench-serving soak ablation lint lock clean
 .DELETE_ON_ERROR:
@@ -84,16 +84,11 @@ bench-index: .venv/bench-index  ## the index against FAISS, hnswlib, usearch, An
 	@$(RUN) benchmarks/index.py $(if $(wildcard $(TWIN)/twin/ready),--twin $(TWIN)) \
 	    --json work/bench/index.json --markdown work/bench/index.md --plot work/bench/index.png
 
-.venv/bench-serving: .venv/dev requirements/bench-serving.lock
-	@command -v wrk >/dev/null || { echo "error: wrk drives the servers: apt-get install wrk" >&2; exit 2; }
-	$(PIP) --no-deps --require-hashes -r requirements/bench-serving.lock
-	@touch $@
-
-bench-serving: .venv/bench-serving .venv/bench-index  ## the local server under load, beside its graph in process and a FastAPI server
+bench-serving: .venv/bench-index  ## the local server under load, beside its graph in process and a FastAPI server
 	@test -e work/bench/corpus/queries.npy || $(RUN) benchmarks/corpus.py work/bench/corpus
 	@$(RUN) benchmarks/serving.py --markdown work/bench/serving.md --plot work/bench/serving.png
 
-soak: .venv/bench-serving  ## the local server: a million requests, 20 reloads under load, 100,000 hostile requests; half an hour
+soak: .venv/dev  ## the local server: a million requests, 20 reloads under load, 100,000 hostile requests; half an hour
 	@$(RUN) -m pytest -m soak tests/test_soak.py tests/test_reload.py tests/test_server_fuzz.py --timeout 3600
 
 ablation: .venv/dev  ## negatives, losses and prefixes on Wikispeedia, a model each: an hour on two cores; DATA=DIR
@@ -129,7 +124,7 @@ lint: .venv/dev  ## ruff and mypy
 
 lock: .venv/dev  ## pin the newest allowed packages anew
 	@.venv/bin/python -m venv work/lock && work/lock/bin/pip install --quiet pip-tools
-	@for lock in run dev bench-index bench-serving; do work/lock/bin/pip-compile --quiet --upgrade --generate-hashes --no-annotate \
+	@for lock in run dev bench-index; do work/lock/bin/pip-compile --quiet --upgrade --generate-hashes --no-annotate \
 	    --no-header --no-emit-index-url --no-emit-find-links --strip-extras --unsafe-package torch \
 	    $$(case $$lock in run) echo "$(EXTRAS)";; dev) echo "--extra dev --extra cluster -c requirements/run.lock";; \
 	        *) echo "--extra $$lock -c requirements/run.lock";; esac) \

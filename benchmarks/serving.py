@@ -31,7 +31,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +165,6 @@ def benchmark(options: argparse.Namespace) -> Entry:
     needs = {SYSTEMS[name].kind for name in options.systems}
     if needs & {"server", "fastapi"} and not shutil.which("wrk"):
         raise InputError("wrk is not on the PATH: apt-get install wrk")
-    if "fastapi" in needs and find_spec("fastapi") is None:
-        raise InputError(
-            "package fastapi is not installed: run make bench-serving, or leave it out of --systems"
-        )
     data = Data(options)
     versions = {version: data.version(version) for version in _versions(options.systems)}
     with contextlib.ExitStack() as stack:

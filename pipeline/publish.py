@@ -3,8 +3,10 @@
     FOLDER/encoders/<sha256>/                 the encoder first: a version names the one it was made with
     FOLDER/models/<model_name>/<version>/     then the version, in one rename: whole or not there
 
-A version's assets.extra/ holds documents.parquet (row number -> document), manifest.json (lineage and
-settings), report.json, and publication.json (when and as what; the others are the same whatever the number).
+A version's assets.extra/ holds documents.parquet (row number -> document), related.parquet (what was read in
+one session, and by how many), rows.npy (of small versions: the rows, float32, to search them without
+TensorFlow), manifest.json (lineage and settings), report.json, and publication.json (when and as what; the
+others are the same whatever the number).
 """
 
 import json
@@ -18,10 +20,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from pipeline.artifacts import (
     SAID_OF_A_MODEL,
+    Artifact,
+    Embeddings,
     Index,
     Model,
+    Pairs,
     Report,
     belong_together,
     encoder_sha256,
@@ -37,6 +44,7 @@ from pipeline.recall import shortfalls
 LOCK = ".publish.lock"  # several work folders may publish into one place
 STAGING = ".staging-"  # no whole number, so TF Serving does not look at it
 MANIFEST, REPORT, PUBLICATION = "manifest.json", "report.json", "publication.json"
+RELATED, ROWS = "related.parquet", "rows.npy"
 ENCODER_LEFT_OUT = {"manifest.json", *SAID_OF_A_MODEL} - {"README.md"}  # the card goes along
 INDEX_LEFT_OUT = {"manifest.json", "found.parquet"}
 # What a version's manifest repeats of the report: what it keeps to, and what else a request may ask for.
@@ -45,38 +53,65 @@ CONTRACT_FIGURES = ("contract", "frontier", "builds", "by_language", "by_popular
 PRIVATE_FIGURES = {"examples", "lost", "map"}
 
 
-def run(config: PublishConfig, model: Model, index: Index, report: Report, folder: Path) -> Path:
+@dataclass(frozen=True)
+class Beside:
+    """What a version is given beside its index, for servers that search or recommend without TensorFlow.
+
+    Attributes:
+        embeddings: whose rows the index has; None: no rows.npy.
+        pairs: whose sessions are counted; None: no related.parquet.
+    """
+
+    embeddings: Embeddings | None = None
+    pairs: Pairs | None = None
+
+    def made_of(self) -> list[Artifact]:
+        return [made for made in (self.embeddings, self.pairs) if made is not None]
+
+
+def run(
+    config: PublishConfig,
+    model: Model,
+    index: Index,
+    report: Report,
+    folder: Path,
+    beside: Beside | None = None,
+) -> Path:
     """Publish a new version.
 
     Args:
         folder: holds encoders/ and models/; one mount, so that a rename is possible.
 
     Returns:
-        The version's folder; the standing one where it already holds this index and model.
+        The version's folder; the standing one where it already holds this index and model, and what was read
+        together comes from the same sessions.
 
     Raises:
-        ArtifactError: the report is of another index or model.
+        ArtifactError: the report is of another index, model, pairs or embeddings.
         BusyError: another publication into this folder is under way.
         RefusedError: the index is below its contract or was not measured, or the model is worse than the
             one it was tuned from or the one it would replace, or was not compared with that one.
     """
-    belong_together(report, model, index)
+    beside = beside or Beside()
+    belong_together(report, model, index, *beside.made_of())
     with locked(Path(folder), LOCK):
-        return _publish(config, model, index, report, Path(folder))
+        return _publish(config, model, index, report, Path(folder), beside)
 
 
-def _publish(config: PublishConfig, model: Model, index: Index, report: Report, folder: Path) -> Path:
+def _publish(
+    config: PublishConfig, model: Model, index: Index, report: Report, folder: Path, beside: Beside
+) -> Path:
     served = folder / "models" / config.model_name
     served.mkdir(parents=True, exist_ok=True)
     _remove_staging(served)
     live = newest(served)
-    if live and manifest_of(live)["digests"] == digests_of(model, index):
+    if live and manifest_of(live)["digests"] == digests_of(model, index, beside):
         print(f"publish: version {live.name} holds this index already", file=sys.stderr)
         return live
     standing = Standing.of(live, folder / "encoders") if live else None
     check(report.figures(), standing, index.manifest["config"], model.encoder_sha256)
     copy_encoder(model, folder / "encoders")
-    version = place(model, index, report, served, config.model_name)
+    version = place(model, index, report, served, config, beside)
     retire(served, folder / "encoders", config.keep_versions)
     return version
 
@@ -202,8 +237,9 @@ def _named(encoder_sha256: str | None) -> str:
     return f"encoder {encoder_sha256[:12]}" if encoder_sha256 else "no published encoder"
 
 
-def digests_of(model: Model, index: Index) -> dict[str, str]:
-    return {"model": model.digest, "index": index.digest}
+def digests_of(model: Model, index: Index, beside: Beside) -> dict[str, str]:
+    """What tells one version from the next: a kept model's index may be the same while people read on."""
+    return {made.kind: made.digest for made in (model, index, *beside.made_of())}
 
 
 def copy_encoder(model: Model, encoders: Path) -> Path:
@@ -227,7 +263,9 @@ def copy_encoder(model: Model, encoders: Path) -> Path:
     return target
 
 
-def place(model: Model, index: Index, report: Report, served: Path, model_name: str) -> Path:
+def place(
+    model: Model, index: Index, report: Report, served: Path, config: PublishConfig, beside: Beside
+) -> Path:
     """Copy the index beside the served versions, complete it, and rename it to its number."""
     version = next_version(served)
     staging = served / f"{STAGING}{version}"
@@ -235,10 +273,11 @@ def place(model: Model, index: Index, report: Report, served: Path, model_name: 
     extra = staging / "assets.extra"
     extra.mkdir(exist_ok=True)
     write_json(extra / REPORT, {n: v for n, v in report.figures().items() if n not in PRIVATE_FIGURES})
-    write_json(extra / MANIFEST, lineage(model, index, report, staging))
+    related = write_beside(config, beside, extra)
+    write_json(extra / MANIFEST, lineage(model, index, report, staging, beside, related))
     published = {
         "version": version,
-        "model_name": model_name,
+        "model_name": config.model_name,
         "published": _now().isoformat(timespec="seconds"),
     }
     write_json(extra / PUBLICATION, published)
@@ -252,7 +291,38 @@ def place(model: Model, index: Index, report: Report, served: Path, model_name: 
     return target
 
 
-def lineage(model: Model, index: Index, report: Report, staging: Path) -> dict[str, Any]:
+def write_beside(config: PublishConfig, beside: Beside, extra: Path) -> dict[str, int] | None:
+    """Write rows.npy and related.parquet, as far as they are wanted.
+
+    Args:
+        extra: holds documents.parquet, whose rows are the index's and the embeddings'.
+
+    Returns:
+        What related.parquet holds: rows, documents, min_readers, per_document.
+    """
+    rows_below, bounds = _limits_of(config)
+    if beside.embeddings is not None and 0 < len(beside.embeddings.matrix()) <= rows_below:
+        shutil.copyfile(beside.embeddings.path / "embeddings.npy", extra / ROWS)
+    if beside.pairs is None:
+        return None
+    from pipeline import related  # polars: only where there is something to count
+
+    document_ids = pq.read_table(extra / "documents.parquet", columns=["document_id"])["document_id"]
+    return related.write(beside.pairs, document_ids, extra / RELATED, **bounds) | bounds
+
+
+def _limits_of(config: PublishConfig) -> tuple[int, dict[str, int]]:
+    """The most rows of a version that gets rows.npy, and what `related.write` keeps to."""
+    bounds = {
+        "min_readers": config.min_related_readers,
+        "per_document": config.related_per_document,
+    }
+    return config.rows_below, bounds
+
+
+def lineage(
+    model: Model, index: Index, report: Report, staging: Path, beside: Beside, related: dict[str, int] | None
+) -> dict[str, Any]:
     """What a version says of itself: where it came from, how it is searched, what it measured."""
     figures = report.figures()
     measured = figures["index"]
@@ -269,7 +339,8 @@ def lineage(model: Model, index: Index, report: Report, staging: Path) -> dict[s
         "settings": index.facts["settings"],
         "recall_at_10": measured["recall_at_10"],
         **{name: measured.get(name) for name in CONTRACT_FIGURES},
-        "digests": digests_of(model, index),
+        "related": related,
+        "digests": digests_of(model, index, beside),
         "inputs": {a.kind: a.manifest["inputs"] for a in (model, index, report)},
         "rows": index.rows,
         "libraries": index.manifest["libraries"] | model.manifest["libraries"],

@@ -1,4 +1,4 @@
-"""Command line of the local index server, and of asking one."""
+"""Command line of the local index server, of asking one, and of the search gateway and its encoder server."""
 
 import argparse
 import logging
@@ -32,7 +32,7 @@ DEFAULT_TEXT = "merge two tables on a key"
 
 def main(arguments: list[str]) -> int:
     """Run one command; the exit code."""
-    commands = {"ask": _ask, "probe": _probe, "tour": _tour}
+    commands = {"ask": _ask, "encoder": _encoder, "gateway": _gateway, "probe": _probe, "tour": _tour}
     name = arguments[0] if arguments else ""
     try:
         if name in commands:
@@ -52,12 +52,38 @@ def main(arguments: list[str]) -> int:
 def _serve(arguments: list[str]) -> int:
     from serving.flags import parse
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    _log()
     flags = parse(arguments)
     from serving.server import serve
 
     serve(flags)
     return 0
+
+
+def _gateway(arguments: list[str]) -> int:
+    from serving.gateway_flags import parse
+
+    flags = parse(arguments)
+    _log()
+    from serving.gateway import serve
+
+    serve(flags)
+    return 0
+
+
+def _encoder(arguments: list[str]) -> int:
+    from serving.encoder_server import parser, serve
+
+    flags = parser().parse_args(arguments)
+    _log()
+    serve(flags)
+    return 0
+
+
+def _log() -> None:
+    """What the server itself says; of the libraries that it loads only what is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("serving").setLevel(logging.INFO)
 
 
 def _ask(arguments: list[str]) -> int:

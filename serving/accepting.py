@@ -21,7 +21,7 @@ log = logging.getLogger("serving")
 
 
 class Server(uvicorn.Server):
-    """A server of sockets that listen already: `run(sockets=[...])`."""
+    """A server of sockets that are bound already: `run(sockets=[...])`."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
@@ -42,6 +42,7 @@ class Accepting:
         self._opening: set[asyncio.Task[Any]] = set()
         self._is_stopped = False
         listener.setblocking(False)
+        listener.listen(server.config.backlog)
         self._begin()
 
     def stop(self) -> None:

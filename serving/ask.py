@@ -6,89 +6,17 @@ with a `threshold` is a match from that score on only. One that was encoded in p
 place of the passage found first.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipeline.artifacts import encoder_sha256, file_hashes
-from pipeline.errors import ArtifactError, InputError
+from pipeline.errors import InputError
 from serving.client import Client, Found, body_of, call_body, numbers
 from serving.errors import ServingError
+from serving.published import PASSAGE, PublishedVersion
 
-ASSETS = "assets.extra"
 TITLE_WIDTH = 72  # of a table that fits a terminal
-PASSAGE = "passage"  # number of a row in its document, where documents have several
-COLUMNS = ("document_id", "title", "text", "threshold", PASSAGE)
-
-
-class PublishedVersion:
-    """One published version folder, as far as a question needs it.
-
-    Attributes:
-        manifest: assets.extra/manifest.json: encoder_sha256, k, dim, description, settings.
-    """
-
-    def __init__(self, model_base_path: Path, version: int) -> None:
-        self.folder = model_base_path / str(version)
-        self.manifest = self._read_manifest()
-
-    @property
-    def encoder_folder(self) -> Path:
-        sha256 = self.manifest.get("encoder_sha256")
-        if not isinstance(sha256, str):
-            raise ArtifactError(f"{self.folder / ASSETS / 'manifest.json'} names no encoder_sha256")
-        folder = self.folder.parent.parent.parent / "encoders" / sha256
-        if not folder.is_dir():
-            raise ArtifactError(f"{folder} is not there: version {self.folder.name} was encoded with it")
-        return folder
-
-    def checked_encoder(self) -> Path:
-        """The encoder's folder, its files as they were published: another prefix gives other vectors.
-
-        Raises:
-            ArtifactError: it is missing, or a file of it was changed, added or removed.
-        """
-        folder = self.encoder_folder
-        if encoder_sha256(file_hashes(folder)) != folder.name:
-            raise ArtifactError(
-                f"{folder} was changed after version {self.folder.name} was made with it: its vectors would "
-                "be of another model than the index's; publish again, or put its files back as they were"
-            )
-        return folder
-
-    def documents(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """What stands in these rows, in their order: COLUMNS, as far as the version has them.
-
-        Raises:
-            ArtifactError: the table is not there, or too short: it belongs to another index.
-        """
-        path = self.folder / ASSETS / "documents.parquet"
-        try:
-            table = pq.ParquetFile(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ArtifactError(f"{path}: {error}") from None
-        with table:
-            n_rows = table.metadata.num_rows
-            beyond = [row for row in rows if not 0 <= row < n_rows]
-            if beyond:
-                raise ArtifactError(f"{path} has {n_rows} rows, the index found row {beyond[0]}")
-            return _take(table, rows)
-
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / ASSETS / "manifest.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ArtifactError(
-                f"{path} is not there: give the folder that the server watches as --model_base_path"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} cannot be read: {error}") from None
 
 
 def ask(client: Client, model_base_path: Path, text: str, k: int | None = None) -> str:
@@ -163,21 +91,6 @@ def inputs_of(
     if signature_name == "search_filtered":
         inputs |= {"allowed_document_ids": [], "excluded_document_ids": [], "minimum_score": -1.0}
     return inputs
-
-
-def _take(table: pq.ParquetFile, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Rows by number, reading only the row groups they are in: a table can hold millions."""
-    columns = [name for name in COLUMNS if name in table.schema_arrow.names]
-    found: dict[int, dict[str, Any]] = {}
-    start = 0
-    for group in range(table.num_row_groups):
-        end = start + table.metadata.row_group(group).num_rows
-        wanted = sorted({row for row in rows if start <= row < end})
-        if wanted:
-            part = table.read_row_group(group, columns=columns).take([row - start for row in wanted])
-            found.update(zip(wanted, part.to_pylist(), strict=True))
-        start = end
-    return [found[row] for row in rows]
 
 
 def _heading(version: PublishedVersion) -> str:

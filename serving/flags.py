@@ -30,6 +30,8 @@ commands beside serving:
   python -m serving ask "TEXT"     encode a text, ask a running server, show the documents found
   python -m serving probe          exit 0 when a version is served and a query is answered, else 1
   python -m serving tour           start a server, ask it all of the above once, stop it
+  python -m serving gateway        search for people: text in, documents out, a page on /
+  python -m serving encoder        text to vectors, for gateways and other programs
 """
 EXAMPLES = """
 examples:

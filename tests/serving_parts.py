@@ -227,7 +227,8 @@ def _process(
     except ServingError as error:
         if process.poll() is None:
             raise
-        raise AssertionError(f"the server ended with {process.returncode}: {process.stderr.read()}") from error
+        said = process.stderr.read() if process.stderr else ""
+        raise AssertionError(f"the server ended with {process.returncode}: {said}") from error
     finally:
         process.kill()
         process.communicate()

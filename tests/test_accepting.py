@@ -95,6 +95,26 @@ def test_a_connection_waits_where_no_file_is_left(monkeypatch, caplog):
     assert "no connection can be taken: Too many open files; trying again in 0.05 s" in caplog.text
 
 
+def test_a_socket_that_is_only_bound_is_listened_on():
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    with serving(listener):
+        client = connected(listener.getsockname())
+        client.sendall(REQUEST)
+        assert client.recv(1000).endswith(b"ok")
+        client.close()
+
+
+def connected(address: tuple[str, int]) -> socket.socket:
+    end = time.monotonic() + 10
+    while True:
+        try:
+            return socket.create_connection(address, timeout=10)
+        except ConnectionRefusedError:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
 def test_after_the_end_nobody_is_let_in():
     listener = listening()
     address = listener.getsockname()

@@ -14,8 +14,9 @@ from serving_parts import ROOT, K, export, publish_rows, rows_server, server_pro
 from pipeline.artifacts import encoder_sha256, file_hashes
 from pipeline.errors import ArtifactError, InputError
 from serving.__main__ import main
-from serving.ask import PublishedVersion, _table, ask, inputs_of, request_body, title
+from serving.ask import _table, ask, inputs_of, request_body, title
 from serving.client import Client, Found
+from serving.published import PublishedVersion
 
 VERBS, NOUNS = ("sort", "read", "draw", "count"), ("rows", "files", "lines", "words", "days")
 # ScaNN's codebooks want at least sixteen rows

@@ -199,7 +199,8 @@ def test_settings_cannot_be_changed_after_loading():
 
 def test_a_section_goes_into_a_manifest_as_plain_values():
     assert config.as_dict(config.PublishConfig()) == {
-        "model_name": "index", "keep_versions": 3, "folder": None,
+        "model_name": "index", "keep_versions": 3, "folder": None, "rows_below": 100_000,
+            "min_related_readers": 3, "related_per_document": 20,
     }  # fmt: skip
 
 

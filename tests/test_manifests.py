@@ -23,6 +23,7 @@ import yaml
 
 from pipeline import config
 from pipeline.errors import BusyError, ConfigError, InputError, RefusedError
+from serving import __version__
 
 Object = dict[str, Any]  # one Kubernetes object
 
@@ -242,8 +243,8 @@ def test_no_image_floats(objects: list[Object]):
         assert re.fullmatch(r"[a-z0-9./-]+:\d+\.\d+\.\d+", image), image
 
 
-def test_the_pipeline_image_is_the_version_of_setup_cfg_everywhere(objects: list[Object]):
-    image = f"highlights-pipeline:{setup_cfg()['metadata']['version']}"
+def test_the_pipeline_image_is_this_version_everywhere(objects: list[Object]):
+    image = f"highlights-pipeline:{__version__}"
     assert container(the(objects, "CronJob"))["image"] == image
     assert compose()["services"]["pipeline"]["image"] == image
 
@@ -586,7 +587,7 @@ def test_the_image_installs_the_lock_with_hashes_and_torch_by_name():
 
 def test_the_image_carries_oci_labels():
     labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="([^"]*)"', " ".join(texts("LABEL"))))
-    assert labels["version"] == setup_cfg()["metadata"]["version"]
+    assert labels["version"] == __version__
     assert {"title", "description", "revision"} <= labels.keys()
 
 
@@ -615,18 +616,16 @@ def test_the_image_installs_every_file_of_its_packages():
     # setuptools takes modules alone; a template beside them must be named in package_data.
     packages = setup_cfg()["options"]["packages"].split()
     data = setup_cfg()["options.package_data"] if setup_cfg().has_section("options.package_data") else {}
-    folders = {
-        ROOT / name.replace(".", "/"): data.get(name, "").replace(",", " ").split() for name in packages
-    }
+    installed: set[Path] = set()
+    for name in packages:
+        folder = ROOT / name.replace(".", "/")
+        for pattern in ["*.py", *data.get(name, "").replace(",", " ").split()]:
+            installed |= set(folder.glob(pattern))
     for top in {name.split(".")[0] for name in packages}:
-        for file in (ROOT / top).rglob("*"):
-            if file.is_dir() or file.parent.name == "__pycache__":
-                continue
-            assert file.parent in folders, f"{file.parent} is not among setup.cfg's packages"
-            wanted = ["*.py", *folders[file.parent]]
-            assert any(file.match(pattern) for pattern in wanted), (
-                f"{file} is not in setup.cfg's package_data"
-            )
+        files = {
+            file for file in (ROOT / top).rglob("*") if file.is_file() and "__pycache__" not in file.parts
+        }
+        assert not files - installed, "not among setup.cfg's packages and package_data"
 
 
 def test_the_build_context_is_closed_but_for_what_the_image_copies():

@@ -1,0 +1,295 @@
+"""The search gateway: what its routes share, and its process. The routes are in `gateway_routes`.
+
+One asyncio process. It never imports TensorFlow; PyTorch only where the encoder runs here.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import InputError, PipelineError
+from serving.errors import ServingError
+from serving.gateway_answers import Metrics
+from serving.index_backends import ServedIndex, VersionGoneError
+from serving.pinning import Means, Pinned, Pins
+from serving.published import PublishedVersion
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from serving.encoding import Encoding
+    from serving.feedback import Feedback
+    from serving.items import Items
+
+log = logging.getLogger("serving")
+
+DRAIN_SECONDS = 20  # for requests under way when the process is told to end
+HEALTH_SECONDS = 3.0  # that the index and a remote encoder may take to show that they answer
+
+
+class Gateway:
+    """What the routes share: flags, the pinned versions, items, feedback, metrics.
+
+    Attributes:
+        pins: which version answers.
+        items: canned answers with the vectors of the live version's encoder; None: none are configured.
+    """
+
+    def __init__(
+        self, flags: argparse.Namespace, means: Means, feedback: "Feedback | None" = None, split: Any = None
+    ) -> None:
+        self.flags, self.feedback = flags, feedback
+        self.pins = Pins(means, split.compared if split else None, self._prepare)
+        self.pins.split = split
+        self.items: Items | None = None
+        self.metrics = Metrics()
+        self._items_state: tuple[int, int] | None = None
+        self._remote = bool(flags.encoder_url)
+        self._has_index_server = means.served is not None
+
+    @property
+    def threads(self) -> Executor | None:
+        return self.pins._means.threads
+
+    async def answered(self, user_id: str | None, ask: Callable[[Pinned], Any]) -> tuple[Pinned, Any]:
+        """What a pinned version answers; where the index server no longer has it, what the next one does.
+
+        Raises:
+            PipelineError: as `ask` does.
+        """
+        with self.pins.using(user_id) as pinned:
+            try:
+                return pinned, await ask(pinned)
+            except VersionGoneError:
+                gone = pinned.version
+        await self.pins.after(gone)
+        with self.pins.using(user_id) as pinned:
+            return pinned, await ask(pinned)
+
+    async def run(self) -> None:
+        """Load the first version, then look for newer ones until cancelled; raises as `Pins.first`."""
+        await self.pins.first(self.flags.poll_seconds)
+        watching = asyncio.create_task(self._watch_items())
+        try:
+            await self.pins.keep(self.flags.poll_seconds)
+        finally:
+            watching.cancel()
+
+    async def close(self) -> None:
+        await self.pins.close()
+
+    async def health(self) -> dict[str, Any]:
+        """What /health says; raises ServingError while a search could not be answered."""
+        pinned = self.pins.ready()
+        checks: list[Coroutine[Any, Any, Any]] = []
+        if self._has_index_server:
+            checks.append(self._index_answers(pinned))
+        if self._remote:
+            checks.append(pinned.encoding.queries(["health"]))
+        try:
+            await asyncio.wait_for(asyncio.gather(*checks), HEALTH_SECONDS)
+        except TimeoutError:
+            raise ServingError(
+                f"the index server or the encoder server gave no answer within {HEALTH_SECONDS:g} s", 503
+            ) from None
+        healthy = getattr(pinned.encoding, "is_healthy", True)
+        if not healthy:
+            raise ServingError("the encoder in this process hangs or has ended: start the gateway again", 503)
+        compared = self.pins.compared
+        said = {
+            "status": "ok",
+            "version": pinned.version,
+            "compared": compared.version if compared else None,
+            "documents": pinned.catalogue.n_rows,
+            "fresh_documents": pinned.fresh.n_documents if pinned.fresh is not None else None,
+            "languages": pinned.catalogue.languages,
+            "hybrid": pinned.finder.has_lexical,
+            "description": pinned.published.manifest.get("description"),
+        }
+        return said | ({"problem": self.pins.problem} if self.pins.problem else {})
+
+    async def _index_answers(self, pinned: Pinned) -> None:
+        served = self.pins._means.served
+        assert served is not None
+        if pinned.version not in await served.available_versions():
+            raise ServingError(f"the index server no longer has version {pinned.version}", 503)
+
+    async def _prepare(self, pinned: Pinned) -> None:
+        """Before a version answers: the items by its encoder, the comparison with its number."""
+        split = self.pins.split
+        if split is not None and pinned.version == split.compared:
+            return
+        if self.flags.items is not None:
+            self.items, self._items_state = await self._read_items(pinned)
+        if split is not None:
+            self.pins.split = replace(split, live=pinned.version)
+        if self.feedback is not None:
+            self.feedback.split = self.pins.split
+
+    async def _read_items(self, pinned: Pinned) -> "tuple[Items, tuple[int, int]]":
+        from serving.items import Items
+
+        state = _state_of(self.flags.items)
+        items = await asyncio.to_thread(Items.read, self.flags.items)
+        items.embedded(await pinned.encoding.queries(items.phrases))
+        return items, state
+
+    async def _watch_items(self) -> None:
+        """Read a changed items file again; one that cannot be used leaves what was read before."""
+        while self.flags.items is not None:
+            await asyncio.sleep(self.flags.poll_seconds)
+            try:
+                state = _state_of(self.flags.items)
+                if state != self._items_state:
+                    self._items_state = state  # a fault is said once, not at each look
+                    self.items, self._items_state = await self._read_items(self.pins.ready())
+                    log.info("%s read again", self.flags.items)
+            except (PipelineError, OSError) as error:
+                log.warning("%s; the items read before stay", error)
+
+
+def make_gateway(flags: argparse.Namespace) -> Gateway:
+    """The gateway that the flags describe; nothing is loaded yet.
+
+    Raises:
+        PipelineError: a flag's file, folder or address cannot be used.
+    """
+    from serving.feedback import Feedback, Split, parse_compare, user_key
+
+    key = user_key(flags.user_key_file) if flags.user_key_file else None
+    feedback = Feedback.open(flags.feedback, user_key=key) if flags.feedback else None
+    split = None
+    if flags.compare:
+        assert key is not None  # the flags say so
+        split = Split(0, *parse_compare(flags.compare), key)
+    threads = ThreadPoolExecutor(2, "words")
+    if flags.items is not None:
+        from serving.items import Items
+
+        Items.read(flags.items)  # a fault is said before anything is loaded
+    means = Means(
+        flags.model_base_path,
+        _opener(flags),
+        served=None if flags.in_process else ServedIndex(flags.index_url, flags.model_name),
+        device=lambda: _device(flags),
+        has_lexical=not flags.no_hybrid,
+        open_fresh=_fresh_opener(flags.fresh) if flags.fresh else None,
+        threads=threads,
+    )
+    return Gateway(flags, means, feedback, split)
+
+
+def _opener(flags: argparse.Namespace) -> Callable[[PublishedVersion], Any]:
+    """Makes the encoding for a version."""
+
+    async def remote(version: PublishedVersion) -> "Encoding":
+        from serving.encoding import RemoteEncoding
+
+        api = "embed" if flags.encoder_api == "tei" else flags.encoder_api
+        return await RemoteEncoding.open(flags.encoder_url, encoder_api=api)
+
+    async def local(version: PublishedVersion) -> "Encoding":
+        from serving.encoding import LocalEncoding
+
+        folder = await asyncio.to_thread(version.checked_encoder)
+        return await asyncio.to_thread(lambda: LocalEncoding.open(folder, device=flags.device))
+
+    return remote if flags.encoder_url else local
+
+
+def _fresh_opener(folder: Path) -> Callable[[int, str], Any]:
+    def opened(dim: int, encoder_sha256: str) -> Any:
+        from serving.fresh import FreshDocuments
+
+        return FreshDocuments.open(folder, dim, encoder_sha256)
+
+    return opened
+
+
+def _device(flags: argparse.Namespace) -> str:
+    """Where rows are searched: beside the encoder, where it runs in this process."""
+    if flags.encoder_url or flags.device == "cpu":
+        return "cpu"
+    from pipeline.encoder import device_type
+
+    return device_type(flags.device)
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    state = path.stat()
+    return state.st_mtime_ns, state.st_size
+
+
+def serve(flags: argparse.Namespace) -> None:
+    """Listen until a signal.
+
+    Raises:
+        PipelineError: what it was started with cannot be used; found while the first version loads, too.
+    """
+    gateway = make_gateway(flags)
+    asyncio.run(_serve(gateway))
+
+
+async def _serve(gateway: Gateway) -> None:
+    flags = gateway.flags
+    try:
+        listener = socket.create_server((flags.host, flags.port), family=_family(flags.host))
+    except OSError as error:
+        raise InputError(
+            f"--host {flags.host} --port {flags.port}: {error.strerror}; choose another"
+        ) from None
+    async with serving(gateway, listener) as server:
+        log.info("http://%s:%d waits for its first version", *listener.getsockname()[:2])
+        loading = asyncio.create_task(gateway.run())
+        # Not `serve`: it would raise the signal again after a clean end.
+        listening = asyncio.create_task(server._serve(sockets=[listener]))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, _stop, server)
+        try:
+            await asyncio.wait({loading, listening}, return_when=asyncio.FIRST_COMPLETED)
+            server.should_exit = True
+            await listening
+            if loading.done():
+                await loading  # raises what the first version was refused for
+        finally:
+            loading.cancel()
+            with contextlib.suppress(asyncio.CancelledError, PipelineError):
+                await loading
+
+
+@asynccontextmanager
+async def serving(gateway: Gateway, listener: socket.socket) -> "AsyncIterator[uvicorn.Server]":
+    """A server for the gateway, not yet started; the gateway is closed after it."""
+    import uvicorn
+
+    from serving import accepting
+    from serving.gateway_routes import make_app
+
+    config = uvicorn.Config(
+        make_app(gateway), log_config=None, access_log=False, lifespan="off", server_header=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS, timeout_keep_alive=75,
+    )  # fmt: skip
+    try:
+        yield accepting.Server(config)
+    finally:
+        listener.close()
+        await gateway.close()
+
+
+def _stop(server: "uvicorn.Server") -> None:
+    """Let requests under way end; at a second signal do not wait for them."""
+    server.force_exit = server.should_exit
+    server.should_exit = True
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
