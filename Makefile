@@ -14,7 +14,7 @@ RUN := .venv/bin/python
 PIP := .venv/bin/pip --disable-pip-version-check install --quiet
 EXTRAS := --extra pairs --extra import --extra train --extra index --extra evaluate --extra serving --extra gateway --extra demo
 
-.PHONY: help demo real serve test test-twin test-properties test-benchmarks cluster test-cluster bench bench-encode bench-train bench-index bench-serving soak ablation lint lock clean
+.PHONY: help demo real serve test test-twin test-properties test-benchmarks cluster test-cluster bench bench-encode bench-train bench-index bench-serving bench-gateway soak ablation lint lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -88,6 +88,10 @@ bench-serving: .venv/bench-index  ## the local server under load, beside its gra
 	@test -e work/bench/corpus/queries.npy || $(RUN) benchmarks/corpus.py work/bench/corpus
 	@$(RUN) benchmarks/serving.py --markdown work/bench/serving.md --plot work/bench/serving.png
 
+bench-gateway: .venv/dev  ## search for people: gateway, encoder and titles; then servers killed under load; wants wrk and hey
+	@$(RUN) benchmarks/gateway.py --json work/bench/gateway.json --markdown work/bench/gateway.md --plot work/bench/gateway.png
+	@$(RUN) benchmarks/gateway_rehearsal.py --markdown work/bench/rehearsal.md --plot work/bench/rehearsal.png
+
 soak: .venv/dev  ## the local server: a million requests, 20 reloads under load, 100,000 hostile requests; half an hour
 	@$(RUN) -m pytest -m soak tests/test_soak.py tests/test_reload.py tests/test_server_fuzz.py --timeout 3600
 
@@ -112,7 +116,7 @@ test-properties: .venv/dev  ## sessions against Beam's own windows and themselve
 
 test-benchmarks: .venv/dev  ## the scripts of benchmarks/, each run on little
 	@$(RUN) -m pytest -m benchmark tests/test_benchmarks.py tests/test_index_benchmarks.py tests/test_serving_benchmark.py \
-	    tests/test_compare.py tests/test_train.py
+	    tests/test_gateway_benchmark.py tests/test_compare.py tests/test_train.py
 
 test-cluster: .venv/dev  ## stages pairs and encode on a Dask cluster, a worker killed on the way: the same bytes
 	@$(RUN) -m pytest -m cluster tests/test_cluster.py

@@ -31,6 +31,7 @@ COLUMNS: dict[str, Any] = {
     "live": pl.Int64,  # live, compared, share: the split that the user was in; null without one
     "compared": pl.Int64,
     "share": pl.Float64,
+    "drawn": pl.Int64,  # the version that the user was to be served by; null in older logs
     "document_ids": pl.List(pl.String),  # of a search: what was shown, best first
     "document_id": pl.String,  # of an open
 }
@@ -152,17 +153,36 @@ def _lines_of(file: Path) -> pl.DataFrame:
             return rows.with_columns(numbers)
     except (pl.exceptions.PolarsError, OSError):
         pass  # some line: look at each
-    return pl.concat([_line(line) for _, line in lines]).with_columns(numbers)
+    return pl.DataFrame([_line(line) for _, line in lines], schema=COLUMNS).with_columns(numbers)
 
 
-def _line(line: bytes) -> pl.DataFrame:
+def _line(line: bytes) -> dict[str, Any]:
+    """COLUMNS of a line; all None where it is no JSON object, or one is of another kind."""
     nothing = dict.fromkeys(COLUMNS)
     try:
         row = json.loads(line)
-        wanted = nothing | {name: row.get(name) for name in COLUMNS} if isinstance(row, dict) else nothing
-        return pl.DataFrame([wanted], schema=COLUMNS, strict=True)
-    except (ValueError, RecursionError, TypeError, pl.exceptions.PolarsError):
-        return pl.DataFrame([nothing], schema=COLUMNS)
+        if not isinstance(row, dict):
+            return nothing
+        return {name: _value(row.get(name), kind) for name, kind in COLUMNS.items()}
+    except (ValueError, RecursionError):
+        return nothing
+
+
+def _value(value: Any, kind: Any) -> Any:
+    """A value that a column of this kind can hold; ValueError where it cannot."""
+    if value is None:
+        return None
+    if kind == pl.List(pl.String) and isinstance(value, list):
+        return [_value(each, pl.String) for each in value]
+    if kind == pl.String and isinstance(value, str):
+        value.encode()  # half a character: a ValueError too
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+    if kind == pl.Float64 and is_number:
+        return float(value)
+    if kind == pl.Int64 and is_number and value == int(value):
+        return int(value)
+    raise ValueError(f"{value!r} is no {kind}")
 
 
 def _listed(files: Sequence[Path]) -> str:
@@ -246,7 +266,8 @@ def judged(rows: pl.DataFrame, left_out: dict[str, int]) -> pl.DataFrame:
     """Each search of a comparison that was read, with MEASURES: version, SPLIT, user_id, timestamp.
 
     What a user replaced within TYPING without opening anything was typed on, not read. Users who were served
-    by both versions of a comparison belong to neither.
+    by both versions of a comparison belong to neither. A search that another version answered than the one
+    drawn for its user, as while that one was not there, says nothing about chance, so it is left out.
 
     Args:
         rows: as `read` gives them.
@@ -265,6 +286,7 @@ def judged(rows: pl.DataFrame, left_out: dict[str, int]) -> pl.DataFrame:
     n_shown = pl.max_horizontal(pl.col("document_ids").list.len(), 1)
     searches = searches.select(
         "version",
+        "drawn",
         *SPLIT,
         "user_id",
         "timestamp",
@@ -277,6 +299,10 @@ def judged(rows: pl.DataFrame, left_out: dict[str, int]) -> pl.DataFrame:
     is_split &= pl.col("share").is_between(0, 1, closed="none")
     of_split = searches.filter(is_split.fill_null(False))
     _count(left_out, "searches without a comparison", len(searches) - len(of_split))
+    n_split = len(of_split)
+    as_drawn = pl.col("drawn").is_null() | (pl.col("drawn") == pl.col("version"))
+    of_split = of_split.filter(as_drawn).drop("drawn")
+    _count(left_out, "searches that were served by another version than drawn", n_split - len(of_split))
     users = of_split.group_by(*SPLIT, "user_id").agg(n=pl.col("version").n_unique())
     in_both = users.filter(pl.col("n") > 1)
     _count(left_out, "users who were served by both versions", len(in_both))

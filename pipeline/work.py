@@ -50,12 +50,17 @@ def run_process(command: Sequence[str], stage: str, lock: int) -> tuple[int, dic
     Returns:
         Its exit code (2 where a signal ended it, which is said), and what it took: seconds,
         peak_rss_anon and peak_rss in bytes.
+
+    Raises:
+        KeyboardInterrupt: the stage was interrupted.
     """
     started = time.monotonic()
     process = subprocess.Popen(command, env={**os.environ, HELD: str(lock)}, pass_fds=[lock])
     peak = Peak(process.pid)
     status = process.wait()
     peak.stop()
+    if status in (-signal.SIGINT, 128 + signal.SIGINT):
+        raise KeyboardInterrupt  # Ctrl-C goes to both; whichever hears it first
     if status < 0:
         cause = " (out of memory?)" if status == -signal.SIGKILL else ""
         print(

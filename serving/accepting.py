@@ -74,15 +74,19 @@ class Accepting:
 
     def _open(self, connection: socket.socket) -> None:
         connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        task = self._loop.create_task(self._loop.connect_accepted_socket(self._protocol, connection))
-        self._opening.add(task)
-        task.add_done_callback(self._opened)
+        task = self._loop.create_task(self._opened(connection))
+        self._opening.add(task)  # the loop itself keeps no reference
+        task.add_done_callback(self._opening.discard)
 
-    def _opened(self, task: asyncio.Task[Any]) -> None:
-        self._opening.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.warning("a connection could not be opened: %s", task.exception())
+    async def _opened(self, connection: socket.socket) -> None:
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self._loop.connect_accepted_socket(self._protocol, connection)
+        except OSError:  # that client is gone again
+            connection.close()
+        except BaseException:
+            connection.close()
+            raise
 
     def _protocol(self) -> asyncio.Protocol:
         server = self._server

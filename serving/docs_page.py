@@ -1,4 +1,4 @@
-"""The page on /docs: the gateway's OpenAPI document for people, without a script or another address."""
+"""The page on /docs: a server's OpenAPI document for people, without a script or another address."""
 
 import base64
 import hashlib
@@ -14,8 +14,12 @@ h2 code { font-size: 1.1rem; }
 """.strip()
 
 
-def docs_page(schema: dict[str, Any]) -> tuple[str, str]:
-    """The OpenAPI document as one page without scripts, and the content policy that it needs."""
+def docs_page(schema: dict[str, Any], port: int = 8000) -> tuple[str, str]:
+    """The OpenAPI document as one page without scripts, and the content policy that it needs.
+
+    Args:
+        port: the server's usual one, for the examples.
+    """
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width">',
@@ -25,7 +29,7 @@ def docs_page(schema: dict[str, Any]) -> tuple[str, str]:
     ]
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():
-            parts.append(_described(path, method, operation, schema))
+            parts.append(_described(path, method, operation, schema, port))
     digest = hashlib.sha256(DOCS_STYLE.encode()).digest()
     policy = (
         f"default-src 'none'; style-src 'sha256-{base64.b64encode(digest).decode()}'; frame-ancestors 'none'"
@@ -33,7 +37,7 @@ def docs_page(schema: dict[str, Any]) -> tuple[str, str]:
     return "\n".join(parts), policy
 
 
-def _described(path: str, method: str, operation: dict[str, Any], schema: dict[str, Any]) -> str:
+def _described(path: str, method: str, operation: dict[str, Any], schema: dict[str, Any], port: int) -> str:
     said = [
         f"<h2><code>{method.upper()} {html.escape(path)}</code></h2><p>{html.escape(operation['summary'])}"
     ]
@@ -46,7 +50,7 @@ def _described(path: str, method: str, operation: dict[str, Any], schema: dict[s
         said.append(f"; fields: {html.escape(fields)}</p>")
         said.append(
             f"<pre>curl -H 'Content-Type: application/json' \\\n  -d '{html.escape(example)}' \\\n"
-            f"  http://localhost:8000{html.escape(path)}</pre>"
+            f"  http://localhost:{port}{html.escape(path)}</pre>"
         )
     else:
         parameters = [each["name"] for each in operation.get("parameters", ())]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
 import logging
 import re
@@ -22,8 +21,11 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from serving import __version__, accepting
+from serving.docs_page import docs_page
 from serving.encoding import (
     CACHE_BYTES,
     ENCODER_HEADER,
@@ -37,6 +39,7 @@ from serving.encoding import (
     WrongRequestError,
 )
 from serving.errors import ServingError
+from serving.leaving import GONE, GoneError, while_there
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -47,7 +50,6 @@ MAX_CLIENT_BATCH_SIZE = 256  # texts of one request
 MAX_BODY_BYTES = 8 * 2**20
 DRAIN_SECONDS = 20  # for requests that are being answered at a SIGTERM; Kubernetes kills after 30
 BACKLOG = 2048  # connections that wait to be accepted
-GONE = 499  # nobody reads it: the client has left
 JSON = "application/json"
 OWN = "encoder_"  # of the metrics that Text Embeddings Inference lacks
 # Text Embeddings Inference's buckets
@@ -70,7 +72,7 @@ examples:
   curl -d '{"input": ["merge two tables"], "model": "any"}' localhost:8080/v1/embeddings
 """
 
-TokenIds = list[Annotated[int, Field(ge=0)]]
+TokenIds = list[Annotated[int, Field(ge=0, strict=True)]]
 
 
 class EmbedRequest(BaseModel):
@@ -83,11 +85,18 @@ class EmbedRequest(BaseModel):
     prompt_name: str | None = None
     dimensions: int | None = Field(None, ge=1)
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": ["merge two tables"], "prompt_name": "query"}]}
+    )
+
 
 class OpenAIRequest(BaseModel):
     """Body of POST /v1/embeddings, as OpenAI takes it; token ids are the served model's."""
 
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(
+        protected_namespaces=(),
+        json_schema_extra={"examples": [{"input": ["merge two tables"], "model": "any"}]},
+    )
 
     input: str | TokenIds | list[str | TokenIds]
     model: str | None = None
@@ -123,15 +132,29 @@ def make_app(
         version=__version__,
         description="Vectors of texts: Text Embeddings Inference's /embed and OpenAI's /v1/embeddings.",
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's own page loads its script from elsewhere
         redoc_url=None,
     )
     answers = _Answers(encoding, model_id, max_client_batch_size, max_body_bytes)
-    app.post("/embed", openapi_extra=_body_of(EmbedRequest))(answers.embed)
-    app.post("/v1/embeddings", openapi_extra=_body_of(OpenAIRequest))(answers.openai)
+    embed, openai = _body_of(EmbedRequest), _body_of(OpenAIRequest)
+    app.post("/embed", summary="Vectors of texts", openapi_extra=embed)(answers.embed)
+    app.post("/v1/embeddings", summary="Vectors as OpenAI's clients want them", openapi_extra=openai)(
+        answers.openai
+    )
     app.post("/embeddings", include_in_schema=False)(answers.openai)  # as TEI has it too
-    app.get("/health")(answers.health)
-    app.get("/info")(answers.info)
-    app.get("/metrics")(answers.metrics)
+    app.get("/health", summary="200 while texts are encoded")(answers.health)
+    app.get("/info", summary="What is served")(answers.info)
+    app.get("/metrics", summary="For Prometheus")(answers.metrics)
+    app.add_exception_handler(HTTPException, _no_route)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        page, policy = docs_page(app.openapi(), 8080)
+        return Response(page, media_type="text/html", headers={"Content-Security-Policy": policy})
+
+    bodies = {body.__name__: body.model_json_schema() for body in (EmbedRequest, OpenAIRequest)}
+    # Last, as each new route makes the document anew. FastAPI names no body that it does not read itself.
+    app.openapi()["components"] = {"schemas": bodies}
     return app
 
 
@@ -176,8 +199,8 @@ class _Answers:
         started = time.perf_counter()
         try:
             body = await self._body(request)
-            response = await _while_there(request, answer(body))
-        except _GoneError:
+            response = await while_there(request.receive, answer(body))
+        except (GoneError, ClientDisconnect):
             self._metrics.failed("dropped")
             return Response(status_code=GONE)
         except ValidationError as error:
@@ -278,39 +301,6 @@ class _EmptyError(EncodingError):
     kind, default_status = "empty", 400
 
 
-class _GoneError(Exception):
-    """The client has left before its answer was there."""
-
-
-async def _while_there(request: Request, answer: Awaitable[Response]) -> Response:
-    """Wait for an answer, but no longer than the client: after a body, all that can come is its leaving.
-
-    Raises:
-        _GoneError: it has left; what it asked for is cancelled.
-    """
-    asking = asyncio.current_task()
-    assert asking is not None
-    has_left = False
-
-    def leave(received: asyncio.Future[Any]) -> None:
-        nonlocal has_left
-        if not received.cancelled() and received.result()["type"] == "http.disconnect":
-            has_left = True
-            asking.cancel()
-
-    receiving = asyncio.ensure_future(request.receive())
-    receiving.add_done_callback(leave)
-    try:
-        return await answer
-    except asyncio.CancelledError:
-        if has_left and asking.uncancel() == 0:
-            raise _GoneError from None
-        raise
-    finally:
-        receiving.remove_done_callback(leave)
-        receiving.cancel()
-
-
 def _json_response(content: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
     body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(body, status, headers=dict(headers or {}), media_type=JSON)
@@ -318,6 +308,12 @@ def _json_response(content: Any, headers: Mapping[str, str] | None = None, statu
 
 def _tei_error(status: int, kind: str, message: str) -> Response:
     return _json_response({"error": message, "error_type": kind}, status=status)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    said = f"{request.method} {request.url.path[:200]} is not answered here; see /docs"
+    return _tei_error(error.status_code, "validation", said)
 
 
 def _openai_error(status: int, kind: str, message: str) -> Response:
@@ -341,7 +337,7 @@ def _what_is_wrong(error: ValidationError) -> str:
 
 def _body_of(model: type[BaseModel]) -> dict[str, Any]:
     """The body for the OpenAPI page; FastAPI itself would read it several times as slowly."""
-    content = {JSON: {"schema": model.model_json_schema()}}
+    content = {JSON: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -511,21 +507,10 @@ def model_folder(flags: argparse.Namespace) -> Path:
     """
     if flags.model:
         return Path(flags.model)
-    from serving.published import PublishedVersion
+    from serving.published import PublishedVersion, newest_version
 
     base = flags.model_base_path or Path("work/models") / flags.model_name
-    return PublishedVersion(base, _newest(base)).checked_encoder()
-
-
-def _newest(base: Path) -> int:
-    names = [path.name for path in base.iterdir()] if base.is_dir() else []
-    versions = [int(name) for name in names if name.isdecimal() and name.isascii()]
-    if not versions:
-        raise ServingError(
-            f"--model_base_path is {base}, where no version is, wanted the folder that holds the numbered "
-            "versions: publish one, or give a model's folder as --model"
-        )
-    return max(versions)
+    return PublishedVersion(base, newest_version(base)).checked_encoder()
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,14 +1,13 @@
-"""Texts to vectors for serving: computed here, together and remembered, or asked of a server that does so.
+"""Texts to vectors for serving, computed in this process: together, by one thread, and remembered.
 
 Encoding             what a searcher needs
  ├── LocalEncoding   a model in this process: one thread computes, a cache stands in front
- └── RemoteEncoding  this project's encoder server, Text Embeddings Inference, or one of OpenAI's shape
+ └── RemoteEncoding  another server, in remote_encoding.py
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import json
 import logging
@@ -23,13 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
-import orjson
 
 from serving.errors import ServingError
 
 if TYPE_CHECKING:
-    import aiohttp
-
     from pipeline.encoder import Encoder
 
 log = logging.getLogger("serving")
@@ -48,6 +44,7 @@ PART_TEXTS = 256  # of those that are asked for in this process, which wait at o
 CACHE_BYTES = 64 * 2**20
 ENTRY_BYTES = 600  # of a cached vector beside its numbers and its text: objects, table, order
 LETTERS_A_TOKEN = 4  # in most languages; a guess, for how texts are shared out before they are tokenised
+LETTERS_READ = 100  # a token; what stands behind them is not tokenised: a word of millions takes seconds
 NO_LIMIT = 2**20  # tokens of a text, where the model has none of its own
 FEW_LETTERS = 2000  # of a lone text that is encoded at once; of a longer one only the beginning is read
 STUCK_SECONDS = 60.0  # of one round: whoever takes longer will not come back
@@ -122,7 +119,10 @@ class Encoding(Protocol):
         """Vectors of what can be found; else as `queries`."""
 
     def tokens(self, text: str) -> int | None:
-        """Tokens of a query, its prompt included, uncut; None where a server keeps the tokenizer."""
+        """Tokens of a text alone, uncut: no prompt, no special tokens. Any thread may ask.
+
+        None where a server keeps the tokenizer.
+        """
 
     async def close(self) -> None:
         """Finish what waits, take nothing more."""
@@ -177,9 +177,6 @@ class Computing(Protocol):
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text that these tokens of the model's are of."""
-
-
-# --- In this process -----------------------------------------------------------------------------------
 
 
 class LocalEncoding:
@@ -340,7 +337,7 @@ class LocalEncoding:
             )
 
     async def _ask(self, texts: list[str], way: str) -> list[Row]:
-        _refuse_half_letters(texts)
+        refuse_half_letters(texts)
         request = _Request(texts, way, asyncio.get_running_loop())
         with self._changed:
             self._refuse_if_full(len(texts))
@@ -509,7 +506,7 @@ def _flags(rows: Sequence[Row]) -> np.ndarray:
     return np.array([row.is_cut for row in rows], bool)
 
 
-def _refuse_half_letters(texts: Iterable[str]) -> None:
+def refuse_half_letters(texts: Iterable[str]) -> None:
     """JSON's \\ud800 alone is half a letter, which no tokenizer reads."""
     for text in texts:
         if not text.isascii():
@@ -590,6 +587,11 @@ class EncoderComputing:
 
     def rows(self, texts: Sequence[str], way: str) -> Rows:
         """As `Computing.rows`."""
+        n_letters = self.max_tokens * LETTERS_READ
+        found = self._rows([text[:n_letters] for text in texts], way)
+        return found._replace(is_cut=found.is_cut | np.array([len(text) > n_letters for text in texts]))
+
+    def _rows(self, texts: Sequence[str], way: str) -> Rows:
         if way not in TASKS:
             return self._by_library(texts, way)
         task = cast("Literal['query', 'document']", way)
@@ -604,8 +606,8 @@ class EncoderComputing:
         return Rows(vectors, seen[0].lengths[seen[0].texts], seen[0].is_cut[seen[0].texts])
 
     def tokens(self, text: str) -> int | None:
-        """As `Encoding.tokens`; safe beside `rows`."""
-        return self._count(self._prompt("query") + text)
+        """As `Encoding.tokens`; safe beside `rows`, as the counter is made by `warm_up` and never changed."""
+        return self._count(text, special=False)
 
     def text_of(self, ids: Sequence[int]) -> str:
         """As `Computing.text_of`, without special tokens.
@@ -650,18 +652,16 @@ class EncoderComputing:
         from pipeline.encoder import unit_length
 
         name = way.removeprefix("prompt").removeprefix(" ") or None
-        n_letters = self.max_tokens * 100  # far more than the model reads
-        begun = [text[:n_letters] for text in texts]
-        vectors: Any = self._encoder.model.encode(begun, prompt_name=name, show_progress_bar=False)
-        return self._counted(unit_length(np.asarray(vectors, np.float32)), begun, self._prompt(way))
+        vectors: Any = self._encoder.model.encode(list(texts), prompt_name=name, show_progress_bar=False)
+        return self._counted(unit_length(np.asarray(vectors, np.float32)), texts, self._prompt(way))
 
     def _counted(self, vectors: np.ndarray, texts: Sequence[str], prompt: str) -> Rows:
         counts = np.array([self._count(prompt + text) or 0 for text in texts])
         return Rows(vectors, np.minimum(counts, self.max_tokens), counts > self.max_tokens)
 
-    def _count(self, text: str) -> int | None:
+    def _count(self, text: str, *, special: bool = True) -> int | None:
         counting = self._counter()
-        return None if counting is None else len(counting.encode(text).ids)
+        return None if counting is None else len(counting.encode(text, add_special_tokens=special).ids)
 
     def _counter(self) -> Any:
         """A copy of the model's tokenizer that never cuts: the thread sets the other anew at each call."""
@@ -725,276 +725,3 @@ def chosen_precision(folder: Path, device: str) -> str:
             return str(found)
         return "float32"
     return "float32"
-
-
-# --- By another server ---------------------------------------------------------------------------------
-
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # names that models give what stands before a document
-TEI_BATCH = 32  # texts that Text Embeddings Inference takes at once, where it does not say
-OPENAI_BATCH = 128  # theirs takes 2,048; servers of its shape often less
-RETRY_SECONDS = 0.1  # until a server that was not reached is tried once more
-APIS = ("embed", "openai")
-
-
-class RemoteEncoding:
-    """Asks an encoder server. Made by `open`, for the coroutines of one event loop.
-
-    Attributes:
-        encoder_sha256: as the server says it; None: it does not.
-        dim: width of its vectors.
-        url: its address, without a path.
-    """
-
-    encoder_sha256: str | None
-    dim: int
-
-    def __init__(
-        self, session: aiohttp.ClientSession, url: str, api: str, model: str, timeout_seconds: float
-    ) -> None:
-        self.url = url.rstrip("/")
-        self.encoder_sha256, self.dim = None, 0
-        self._session, self._api, self._model, self._timeout = session, api, model, timeout_seconds
-        self._max_texts = OPENAI_BATCH if api == "openai" else TEI_BATCH
-        self._prompts: dict[str, str | None] = {"query": None, "document": None}
-
-    @classmethod
-    async def open(
-        cls,
-        url: str,
-        *,
-        encoder_api: str = "embed",
-        model: str | None = None,
-        api_key: str | None = None,
-        timeout_seconds: float = 30.0,
-        dim: int | None = None,
-    ) -> RemoteEncoding:
-        """Ask the server who it is, and for one vector.
-
-        Args:
-            url: http://HOST:PORT, or what stands before /embed or /v1/embeddings.
-            encoder_api: "embed" (Text Embeddings Inference's, and this project's) or "openai".
-            model: the name that an OpenAI-shaped server wants.
-            api_key: sent as Authorization: Bearer.
-            dim: the width that its vectors must have; None: any.
-
-        Raises:
-            EncodingError: it cannot be reached, answers something else, or has another width.
-        """
-        import aiohttp
-
-        if encoder_api not in APIS:
-            raise WrongRequestError(f"--encoder_api is {encoder_api}, wanted one of {', '.join(APIS)}")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        session = aiohttp.ClientSession(
-            headers={"Content-Type": "application/json", **headers},
-            timeout=aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=min(5.0, timeout_seconds)),
-            connector=aiohttp.TCPConnector(limit=0),  # whoever calls bounds how many there are
-        )
-        self = cls(session, url, encoder_api, model or "default", timeout_seconds)
-        try:
-            await self._introduce()
-            if dim not in (None, self.dim):
-                raise EncodingError(
-                    f"{self.url}: its vectors have {self.dim} numbers, wanted {dim}: it runs another model "
-                    "than the index was made with; start it with the version's own encoder",
-                    502,
-                )
-        except BaseException:
-            await session.close()
-            raise
-        return self
-
-    async def queries(self, texts: Sequence[str]) -> np.ndarray:
-        """As `Encoding.queries`."""
-        return await self._encoded(texts, self._prompts["query"])
-
-    async def documents(self, texts: Sequence[str]) -> np.ndarray:
-        """As `Encoding.documents`."""
-        return await self._encoded(texts, self._prompts["document"])
-
-    def tokens(self, text: str) -> int | None:
-        """Not known: the server keeps the tokenizer."""
-        return None
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._session.close()
-
-    # Getting to know it
-
-    async def _introduce(self) -> None:
-        info = await self._info() if self._api == "embed" else {}
-        self.encoder_sha256 = info.get("encoder_sha256")
-        self._max_texts = int(info.get("max_client_batch_size") or self._max_texts)
-        if "prompts" in info:  # this project's: it has both
-            self._prompts = {"query": "query", "document": "document"}
-        elif self._api == "embed":
-            self._prompts = {
-                "query": await self._known_prompt(["query"]),
-                "document": await self._known_prompt(DOCUMENT_PROMPTS),
-            }
-        self.dim = (await self._vectors(["a"], self._prompts["query"])).shape[1]
-
-    async def _info(self) -> Mapping[str, Any]:
-        status, _, body = await self._send("GET", "/info")
-        info = _json(body)
-        if status != 200 or not isinstance(info, dict):
-            raise EncodingError(
-                f"{self.url}/info answered {status}, wanted 200 and a model's description: give the address "
-                "of `python -m serving encoder` or of Text Embeddings Inference, or --encoder_api openai",
-                502,
-            )
-        kinds = info.get("model_type") or {"embedding": {}}
-        if "embedding" not in kinds:
-            kind = next(iter(kinds), "unknown")
-            raise EncodingError(f"{self.url}: its model is a {kind}, wanted one that gives embeddings", 502)
-        return info
-
-    async def _known_prompt(self, names: Sequence[str]) -> str | None:
-        """The first prompt name that the server's model knows; TEI refuses others, and lists none."""
-        for name in names:
-            with contextlib.suppress(WrongRequestError, TooLongError):  # 422, in older releases 413
-                await self._vectors(["a"], name)
-                return name
-        return None
-
-    # Asking it
-
-    async def _encoded(self, texts: Sequence[str], prompt_name: str | None) -> np.ndarray:
-        if not len(texts):
-            return np.zeros((0, self.dim), np.float32)
-        _refuse_half_letters(texts)
-        starts = range(0, len(texts), self._max_texts)
-        parts = [await self._vectors(texts[n : n + self._max_texts], prompt_name) for n in starts]
-        vectors = np.concatenate(parts)
-        if vectors.shape[1] != self.dim:
-            raise OtherEncoderError(
-                f"{self.url}: its vectors have {vectors.shape[1]} numbers and had {self.dim}: it runs "
-                "another model now; start it with the one before, or start this server again"
-            )
-        return vectors
-
-    async def _vectors(self, texts: Sequence[str], prompt_name: str | None) -> np.ndarray:
-        """One request's vectors, float32 (n_texts, width), unit length."""
-        is_openai = self._api == "openai"
-        path = "/v1/embeddings" if is_openai else "/embed"
-        asked: dict[str, Any] = {"inputs": list(texts), "truncate": True, "normalize": True}
-        if is_openai:
-            asked = {"input": list(texts), "model": self._model, "encoding_format": "float"}
-        elif prompt_name is not None:
-            asked["prompt_name"] = prompt_name
-        status, headers, body = await self._send("POST", path, orjson.dumps(asked))
-        if status != 200:
-            raise self._refusal(path, status, body)
-        self._refuse_another(headers.get(ENCODER_HEADER))
-        return self._checked(path, _of_openai(_json(body)) if is_openai else _json(body), len(texts))
-
-    async def _send(
-        self, method: str, path: str, body: bytes | None = None
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and body of an answer; one more try where no connection was had."""
-        import aiohttp
-
-        url = self.url + path
-        for is_last in (False, True):
-            try:
-                async with self._session.request(method, url, data=body) as answer:
-                    return answer.status, answer.headers, await answer.read()
-            except aiohttp.ConnectionTimeoutError as error:
-                raise self._not_reached(url, error) from None
-            except TimeoutError:
-                raise UnavailableError(
-                    f"{url}: no answer within {self._timeout:g} seconds: the encoder server is overloaded or "
-                    "hangs; see its log"
-                ) from None
-            except (aiohttp.ClientConnectionError, aiohttp.ClientOSError) as error:
-                if is_last:
-                    raise self._not_reached(url, error) from None
-                await asyncio.sleep(RETRY_SECONDS)
-            except (aiohttp.ClientError, ValueError) as error:
-                raise self._not_reached(url, error) from None
-        raise AssertionError("unreachable")
-
-    def _not_reached(self, url: str, error: Exception) -> UnavailableError:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return UnavailableError(
-            f"{url}: the encoder server cannot be reached ({reason}); start it with `python -m serving "
-            "encoder`, or check --encoder_url"
-        )
-
-    def _refusal(self, path: str, status: int, body: bytes) -> EncodingError:
-        said = _message(body)
-        where = f"{self.url}{path} answered {status}: {said}"
-        if status == 429:
-            return FullError(f"{where}: the encoder server is full, ask again later")
-        if status == 413:
-            return TooLongError(where)
-        if status in (400, 422):
-            return WrongRequestError(where)
-        if status in (401, 403):
-            return EncodingError(f"{where}: give the encoder server's key", 502)
-        if status == 503:
-            return UnavailableError(where)
-        return EncodingError(f"{where}: wanted vectors; see the encoder server's log", 502)
-
-    def _refuse_another(self, sha256: str | None) -> None:
-        if sha256 and self.encoder_sha256 and sha256 != self.encoder_sha256:
-            raise OtherEncoderError(
-                f"{self.url} answers by encoder {sha256[:12]} now and did by {self.encoder_sha256[:12]}: "
-                "start it with the encoder of the served version, or start this server again"
-            )
-
-    def _checked(self, path: str, given: Any, n_texts: int) -> np.ndarray:
-        """The vectors of an answer, scaled to unit length."""
-        try:
-            vectors: np.ndarray = np.array(given, np.float32)
-        except (TypeError, ValueError):
-            vectors = np.zeros(0)
-        if vectors.ndim != 2 or len(vectors) != n_texts or not vectors.shape[1]:
-            raise EncodingError(
-                f"{self.url}{path}: got something of shape {vectors.shape}, wanted {n_texts} vectors of one "
-                "width: is this an encoder server?",
-                502,
-            )
-        lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-        if not np.isfinite(lengths).all() or not lengths.all():
-            raise EncodingError(
-                f"{self.url}{path}: got a vector of length {float(lengths.min()):g}, wanted one that points "
-                "somewhere: its model computes wrongly",
-                502,
-            )
-        return (vectors / lengths).astype(np.float32)
-
-
-def _json(body: bytes) -> Any:
-    """What a body holds; None where it is no JSON."""
-    try:
-        return orjson.loads(body)
-    except ValueError:
-        return None
-
-
-def _of_openai(answer: Any) -> Any:
-    """The vectors of `{"data": [{"index", "embedding"}]}` in the texts' order; None where it is none."""
-    try:
-        data = sorted(answer["data"], key=lambda one: one["index"])
-        return [_numbers(one["embedding"]) for one in data]
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _numbers(embedding: Any) -> Any:
-    """A list of numbers as it is; base64, which some servers send unasked, as float32."""
-    if isinstance(embedding, str):
-        return np.frombuffer(base64.b64decode(embedding), "<f4")
-    return embedding
-
-
-def _message(body: bytes) -> str:
-    """What an error body says: TEI's {"error"}, OpenAI's {"error": {"message"}}, or its first letters."""
-    said = _json(body)
-    if isinstance(said, dict):
-        inner = said.get("error", said.get("message", ""))
-        said = inner.get("message", "") if isinstance(inner, dict) else inner
-    text = said if isinstance(said, str) and said else body.decode(errors="replace")
-    return " ".join(text.split())[:200] or "nothing"

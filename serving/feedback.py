@@ -2,12 +2,13 @@
 
 Three logs, JSON Lines, a file a UTC day, each line whole and written at once:
 
-    events-DAY.jsonl    user_id, document_id, timestamp, text: what was opened, in the form of events.paths
+    events-DAY.jsonl    user_id, document_id, timestamp: what was opened, in the form of events.paths
     queries-DAY.jsonl   query, document_id, user_id, timestamp: what answered a query, as queries.paths wants
     searches-DAY.jsonl  what was shown and what was opened of it, by version: for `evaluate --ab`
 
 A user_id is hashed with a key before it is written, so that the logs name nobody, and whoever has a list of
-users but not the key cannot tell who is in them. Without a user_id nothing is written.
+users but not the key cannot tell who is in them. Without a user_id nothing is written. A thread writes, so
+that a slow disk holds up no search.
 """
 
 import contextlib
@@ -17,8 +18,10 @@ import json
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,10 +32,10 @@ from pipeline.errors import InputError, from_os_error
 log = logging.getLogger("serving")
 
 MAX_QUERY = 2_000  # characters; more is a document that somebody pasted
-MAX_TEXT = 10_000  # characters of a passage
 MAX_ID = 1_000  # characters of a document_id; a longer one would be another document's if it were cut
 MAX_SHOWN = 100  # documents of a search
 MIN_KEY = 16  # bytes
+MAX_WAITING = 10_000  # lines; a disk that takes them so slowly costs those that come then
 SAID_EVERY = 60.0  # seconds between two lines about a log that cannot be written
 MODE = 0o640  # the queries are people's words
 WANTED = "wanted VERSION:SHARE, such as 20261122074922:0.1"
@@ -111,20 +114,6 @@ class Split:
     share: float
     key: bytes
 
-    @classmethod
-    def parse(cls, text: str, live: int, key: bytes) -> "Split":
-        """From `--compare VERSION:SHARE`.
-
-        Raises:
-            InputError: it is something else, the share is not between 0 and 1, or the version is live.
-        """
-        version, share = parse_compare(text)
-        if version == live:
-            raise InputError(
-                f"--compare {text}: version {version} is the one that is served to all; name another"
-            )
-        return cls(live, version, share, key)
-
     def version_for(self, user_id: str | None) -> int:
         if not user_id:
             return self.live
@@ -155,7 +144,7 @@ def parse_compare(text: str) -> tuple[int, float]:
 
 
 class Feedback:
-    """Writes the logs. A log that cannot be written costs its line, never an answer.
+    """Writes the logs, on a thread of its own. A log that cannot be written costs its line, never an answer.
 
     Attributes:
         lost: lines that were not written, since the start.
@@ -169,6 +158,9 @@ class Feedback:
         self._key = key
         self._said_at = -SAID_EVERY
         self._said_lost = 0
+        self._losing = threading.Lock()  # of the three counts above
+        self._room = threading.Semaphore(MAX_WAITING)
+        self._writer = ThreadPoolExecutor(1, "feedback")  # the interpreter ends after what waits is written
 
     @classmethod
     def open(cls, folder: Path, *, user_key: bytes | None) -> "Feedback":
@@ -205,27 +197,19 @@ class Feedback:
         self._write("searches", now, line | {"document_ids": list(document_ids[:MAX_SHOWN])})
 
     def opened(
-        self,
-        user_id: str | None,
-        document_id: str,
-        query: str | None,
-        rank: int | None,
-        version: int,
-        text: str | None = None,
+        self, user_id: str | None, document_id: str, query: str | None, rank: int | None, version: int
     ) -> None:
         """Log that a document was opened; nothing of a user without an id.
 
         Args:
             query: what had been asked; None where it was found otherwise, as by "related".
             rank: its place among what was shown, from 1; None where it had none.
-            text: the passage that was highlighted, where it was.
         """
         if not user_id or not document_id.strip() or len(document_id) > MAX_ID:
             return
         now = _now()
         hashed, at = self.hashed(user_id), _iso(now)
-        event = {"user_id": hashed, "document_id": document_id, "timestamp": at}
-        self._write("events", now, event | {"text": text[:MAX_TEXT] if text else None})
+        self._write("events", now, {"user_id": hashed, "document_id": document_id, "timestamp": at})
         if query is None or not query.strip():
             return
         asked = {"query": query.strip()[:MAX_QUERY], "document_id": document_id}
@@ -236,6 +220,10 @@ class Feedback:
     def hashed(self, user_id: str) -> str:
         """What stands for a user in the logs: 32 hexadecimal digits."""
         return _keyed(self._key, b"user", user_id).hex()
+
+    def close(self) -> None:
+        """Write what waits; what comes after it is lost."""
+        self._writer.shutdown()
 
     def _of_version(self, kind: str, now: datetime, user_id: str, query: str, version: int) -> dict[str, Any]:
         split = self.split
@@ -248,30 +236,44 @@ class Feedback:
             "live": split.live if split else None,
             "compared": split.compared if split else None,
             "share": split.share if split else None,
+            # Where that version is not there another serves the user, which is no part of a comparison
+            "drawn": split.version_for(user_id) if split else None,
         }
 
     def _write(self, name: str, now: datetime, line: dict[str, Any]) -> None:
         # JSON's own escapes would keep half a character, which no reader of the log could use.
         text = json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n"
         path = self.folder / f"{name}-{now:%Y-%m-%d}.jsonl"
-        try:
-            append(path, text.encode("utf-8", "replace"))
-        except OSError as error:
-            self._lose(path, error)
-
-    def _lose(self, path: Path, error: OSError) -> None:
-        """Count a lost line, and say so at most once in SAID_EVERY seconds: each request would say it."""
-        self.lost += 1
-        now = time.monotonic()
-        if now - self._said_at < SAID_EVERY:
+        if not self._room.acquire(blocking=False):
+            self._lose(path, f"{MAX_WAITING} lines wait already")
             return
-        lines = self.lost - self._said_lost
+        try:
+            self._writer.submit(self._append, path, text.encode("utf-8", "replace"))
+        except RuntimeError:
+            self._lose(path, "the server is ending")
+
+    def _append(self, path: Path, line: bytes) -> None:
+        try:
+            append(path, line)
+        except OSError as error:
+            self._lose(path, error.strerror or type(error).__name__)
+        finally:
+            self._room.release()
+
+    def _lose(self, path: Path, why: str) -> None:
+        """Count a lost line, and say so at most once in SAID_EVERY seconds: each request would say it."""
+        with self._losing:
+            self.lost += 1
+            now = time.monotonic()
+            if now - self._said_at < SAID_EVERY:
+                return
+            lines, lost = self.lost - self._said_lost, self.lost
+            self._said_at, self._said_lost = now, lost
         log.error(
             "%s cannot be written (%s); lines of feedback lost: %d (since the start: %d); make room or give "
             "write access; searches go on",
-            path, error.strerror, lines, self.lost,
+            path, why, lines, lost,
         )  # fmt: skip
-        self._said_at, self._said_lost = now, self.lost
 
 
 def append(path: Path, line: bytes) -> None:

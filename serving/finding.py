@@ -6,10 +6,11 @@ removed, filtered out or below its own threshold takes nobody's place.
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from serving.ask import is_match
 from serving.errors import ServingError
 from serving.index_backends import Found, IndexBackend
 from serving.lexical import Lexical
-from serving.published import Catalogue
+from serving.published import Catalogue, title_of
 
 if TYPE_CHECKING:
     from serving.encoding import Encoding
@@ -35,6 +36,9 @@ MAX_SEEDS = 50  # documents that `related` starts from
 SHOWN_SESSIONS = 3  # other results that a result says it was read with
 WORDS_TO_TOKENS = 4 / 3  # tokens a word where nobody can count them
 CONTEXT_WINDOW = 50  # documents that passages are taken from
+
+T = TypeVar("T")
+Keep = Callable[[Mapping[str, Any]], bool]  # whether a document may be found
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ class Finder:
     ) -> None:
         self.version, self.catalogue, self.encoding, self.backend = version, catalogue, encoding, backend
         self._lexical, self._fresh, self._threads = lexical, fresh, threads
+        self._hiding = _Hiding(frozenset(), frozenset(), ())
 
     async def search(
         self, query: str, k: int, wanted: Filter | None = None, *, hybrid: bool = False
@@ -136,14 +141,14 @@ class Finder:
             InputError: the filter names a language that the version has not.
             ServingError: the encoder or the index cannot answer.
         """
-        scope = self._scope(wanted or Filter())
+        scope = await self._scope_of(wanted or Filter())
         if not hybrid or self._lexical is None:
             [vector] = await self.encoding.queries([query])
             [dense] = await self._near(vector[np.newaxis], k, scope)
             return self._with_sessions(self._dense_hits(dense[:k], vector))
-        by_words = asyncio.ensure_future(self._by_words(query, scope))  # while the text is encoded
+        by_words = asyncio.ensure_future(self._in_thread(self._by_words, query, scope))
         try:
-            [vector] = await self.encoding.queries([query])
+            [vector] = await self.encoding.queries([query])  # while words are looked for
             [dense] = await self._near(vector[np.newaxis], max(k, WINDOW), scope)
         except BaseException:
             by_words.cancel()
@@ -171,7 +176,7 @@ class Finder:
         if not 1 <= len(seeds) <= MAX_SEEDS:
             raise InputError(f"document_ids has {len(seeds)} documents; wanted 1 to {MAX_SEEDS}")
         vectors = await self._vectors_of(seeds)
-        scope = self._scope(Filter(excluded=tuple(seeds)))
+        scope = await self._scope_of(Filter(excluded=tuple(seeds)))
         near = await self._near(vectors, max(k, WINDOW), scope)
         weights = [RECENCY**place for place in range(len(seeds))]
         dense = _summed(near, weights)
@@ -201,20 +206,8 @@ class Finder:
             ServingError: as `search`.
         """
         hits = await self.search(query, CONTEXT_WINDOW, hybrid=hybrid)
-        count, counted_by = self._counter(query)
-        chosen: list[Passage] = []
-        left = max_tokens
-        for hit in hits:
-            text = str(hit.document.get("text") or "").strip()
-            n = count(text) if text else 0
-            if text and n <= left:
-                chosen.append(_passage(hit, text, n))
-                left -= n
-        if not chosen and hits:
-            text = _cut(str(hits[0].document.get("text") or ""), max_tokens, count)
-            if text:
-                chosen.append(replace(_passage(hits[0], text, count(text)), is_cut=True))
-        return chosen, counted_by
+        count, counted_by = await self._in_thread(self._counter)
+        return await self._in_thread(_fitting, hits, max_tokens, count), counted_by
 
     @property
     def has_lexical(self) -> bool:
@@ -242,10 +235,20 @@ class Finder:
             if is_done:
                 break
             ask = min(MOST, 4 * ask)
-        if self._fresh is not None:
-            fresh = self._fresh.search(vectors, n, scope.passes_fresh)
-            lines = [_merged(line, new, scope.minimum_score) for line, new in zip(lines, fresh, strict=True)]
-        return lines
+        fresh = await self._fresh_near(vectors, n, scope, scope.keep_fresh)
+        return [_merged(line, new) for line, new in zip(lines, fresh, strict=True)]
+
+    async def _fresh_near(
+        self, vectors: np.ndarray, n: int, scope: "_Scope", keep: Keep | None
+    ) -> list[list[_Dense]]:
+        """The n best fresh documents for each vector."""
+        if self._fresh is None or not self._fresh.n_documents:
+            return [[] for _ in vectors]
+        found = await self._in_thread(self._fresh.search, vectors, n, keep)
+        return [
+            [_Dense(each["document_id"], score, None, each) for score, each in line if scope.is_enough(score)]
+            for line in found
+        ]
 
     def _good(self, found: Found, scope: "_Scope") -> list[list[_Dense]]:
         """What of an answer may be shown, still best first."""
@@ -293,18 +296,24 @@ class Finder:
 
     # --- By words -------------------------------------------------------------------------------------
 
-    async def _by_words(self, query: str, scope: "_Scope") -> dict[str, float]:
-        """{document_id: score} of the first WINDOW, best first."""
+    def _by_words(self, query: str, scope: "_Scope") -> dict[str, float]:
+        """{document_id: score} of the first WINDOW, best first.
+
+        Fresh documents score by the version's own statistics: their words are what the version is not
+        searched for yet, new names above all, and by the vectors alone each would lose half of its score.
+        """
         assert self._lexical is not None
-        loop = asyncio.get_running_loop()
         n_rows = WINDOW * (4 if self.catalogue.has_passages else 1) + len(scope.excluded)
-        rows = await loop.run_in_executor(self._threads, self._lexical.best, query, n_rows, scope.keep)
         found: dict[str, float] = {}
-        for row, score in rows:
+        for row, score in self._lexical.best(query, n_rows, scope.keep):
             name = self.catalogue.id_of(row)
             if name not in scope.excluded:
                 found.setdefault(name, score)
-        return dict(list(found.items())[:WINDOW])
+        if self._fresh is not None and self._fresh.n_documents:
+            scores_of = partial(self._lexical.scores_of, query)
+            fresh = self._fresh.by_words(scores_of, WINDOW, scope.keep_fresh)
+            found |= {each["document_id"]: score for score, each in fresh}
+        return dict(sorted(found.items(), key=lambda item: -item[1])[:WINDOW])
 
     async def _matching(
         self, lexical: dict[str, float], dense: list[_Dense], vector: np.ndarray, scope: "_Scope"
@@ -315,14 +324,17 @@ class Finder:
             The lexical answer without documents below their threshold, and those that are not in `dense`.
         """
         known = {each.document_id for each in dense}
-        missing = [name for name in lexical if name not in known]
+        missing = lexical.keys() - known
         if not missing:
             return lexical, {}
-        found = await self.backend.search(
-            vector[np.newaxis], len(missing), version=self.version, allowed=sorted(missing)
-        )
-        [line] = self._good(found, scope)
-        others = {each.document_id: each for each in line}
+        one, n = vector[np.newaxis], len(missing)
+        [fresh] = await self._fresh_near(one, n, scope, lambda each: each["document_id"] in missing)
+        others = {each.document_id: each for each in fresh}
+        published = sorted(missing - others.keys())
+        if published:
+            found = await self.backend.search(one, len(published), version=self.version, allowed=published)
+            [line] = self._good(found, scope)
+            others |= {each.document_id: each for each in line}
         return {name: s for name, s in lexical.items() if name in known or name in others}, others
 
     def _fused(
@@ -360,9 +372,12 @@ class Finder:
         texts: dict[str, list[str]] = {}
         for name in seeds:
             fresh = self._fresh.document(name) if self._fresh is not None else None
-            if fresh is not None:
+            vector = self._fresh.vector(name) if self._fresh is not None else None
+            if vector is not None:
+                vectors[name] = vector
+            elif fresh is not None:  # it still waits for this version's encoder
                 texts[name] = [fresh["text"]]
-            elif not rows[name] or name in self._hidden():
+            elif not rows[name] or name in self._hidden().ids:
                 raise InputError(f"document_ids: version {self.version} has no document {name!r}")
             elif self.catalogue.rows is not None:
                 vectors[name] = np.asarray(self.catalogue.rows[rows[name]], np.float32).mean(axis=0)
@@ -413,9 +428,22 @@ class Finder:
 
     # --- What may be found ----------------------------------------------------------------------------
 
-    def _hidden(self) -> frozenset[str]:
+    def _hidden(self) -> "_Hiding":
         """Removed documents, and published ones that a fresh one takes the place of."""
-        return self._fresh.hides if self._fresh is not None else frozenset()
+        by = self._fresh.hides if self._fresh is not None else frozenset()
+        if by is not self._hiding.by:  # looked up once a change
+            ids = self.catalogue.among(by)
+            self._hiding = _Hiding(by, frozenset(ids), tuple(sorted(ids)))
+        return self._hiding
+
+    async def _in_thread(self, do: Callable[..., T], *given: Any) -> T:
+        """What takes milliseconds, while other requests go on."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, do, *given)
+
+    async def _scope_of(self, wanted: Filter) -> "_Scope":
+        if wanted.allowed is None and wanted.language is None:
+            return self._scope(wanted)
+        return await self._in_thread(self._scope, wanted)  # thousands of ids are looked up
 
     def _scope(self, wanted: Filter) -> "_Scope":
         hidden = self._hidden()
@@ -435,13 +463,35 @@ class Finder:
         allowed = None
         if rows is not None and (wanted.allowed is not None or len(rows) <= MAX_FILTER_IDS):
             allowed = tuple(dict.fromkeys(self.catalogue.id_of(row) for row in rows.tolist()))
-        return _Scope(wanted, rows, allowed, frozenset(wanted.excluded) | hidden)
+        if not wanted.excluded:
+            return _Scope(wanted, rows, allowed, hidden.ids, hidden.ordered)
+        excluded = hidden.ids.union(wanted.excluded)
+        return _Scope(wanted, rows, allowed, excluded, tuple(sorted(excluded)))
 
-    def _counter(self, query: str) -> tuple[Callable[[str], int], str]:
-        """How a text's tokens are counted, and what to say of it."""
-        if self.encoding.tokens(query) is None:
+    def _counter(self) -> tuple[Callable[[str], int], str]:
+        """How a passage's tokens are counted, and what to say of it."""
+        of_a_query = self.encoding.tokens("a")
+        if of_a_query is None:
             return _estimated, "words x 4/3: the encoder does not count tokens"
-        return (lambda text: self.encoding.tokens(text) or 0), "the encoder's tokenizer"
+        # A query's prompt and marks, which are in no prompt of a language model. "a" is one token everywhere;
+        # the prompt alone may have one more, of the space that it ends in.
+        n_around = of_a_query - 1
+        return (lambda text: (self.encoding.tokens(text) or 0) - n_around), "the encoder's tokenizer"
+
+
+@dataclass(frozen=True)
+class _Hiding:
+    """What the index must not answer with.
+
+    Attributes:
+        by: all ids that the fresh documents hide, as they say it.
+        ids: those of them that the version may hold; most of `by` are of fresh documents, which it does not.
+        ordered: the same, sorted.
+    """
+
+    by: frozenset[str]
+    ids: frozenset[str]
+    ordered: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -452,12 +502,14 @@ class _Scope:
         rows: what may be found, ascending; None: every row.
         allowed: the same as ids, for the index; None: it is not told, and its answers are looked through.
         excluded: ids, the hidden ones among them.
+        ordered: the same, sorted: equal ones go to the index together.
     """
 
     wanted: Filter
     rows: np.ndarray | None
     allowed: tuple[str, ...] | None
     excluded: frozenset[str]
+    ordered: tuple[str, ...]
 
     @property
     def minimum_score(self) -> float | None:
@@ -469,7 +521,7 @@ class _Scope:
 
     @property
     def asked_without(self) -> tuple[str, ...]:
-        return tuple(sorted(self.excluded)) if len(self.excluded) > MAX_HIDDEN else ()
+        return self.ordered if len(self.excluded) > MAX_HIDDEN else ()
 
     @property
     def n_beyond(self) -> int:
@@ -496,18 +548,21 @@ class _Scope:
         at = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
         return self.rows[at] == rows
 
-    def passes_fresh(self, document: Mapping[str, Any]) -> bool:
-        name, wanted = document["document_id"], self.wanted
-        if wanted.allowed is not None and name not in wanted.allowed:
-            return False
-        if wanted.language is not None and document.get("language") != wanted.language:
-            return False
-        return name not in wanted.excluded
+    @cached_property
+    def keep_fresh(self) -> Keep | None:
+        """Whether a fresh document may be found; None: each may."""
+        wanted = self.wanted
+        if wanted.allowed is None and not wanted.excluded and wanted.language is None:
+            return None
+        allowed = None if wanted.allowed is None else frozenset(wanted.allowed)
+        excluded = frozenset(wanted.excluded)
 
+        def keep(document: Mapping[str, Any]) -> bool:
+            name = document["document_id"]
+            is_spoken = wanted.language is None or document.get("language") == wanted.language
+            return is_spoken and name not in excluded and (allowed is None or name in allowed)
 
-def title_of(document: Mapping[str, Any]) -> str:
-    """A document's title, or its text's first line."""
-    return str(document.get("title") or str(document.get("text") or "").strip().partition("\n")[0])
+        return keep
 
 
 def _ends(scores: np.ndarray, ids: Sequence[str], minimum_score: float | None) -> bool:
@@ -515,16 +570,14 @@ def _ends(scores: np.ndarray, ids: Sequence[str], minimum_score: float | None) -
     return not ids or not ids[-1] or (minimum_score is not None and float(scores[-1]) < minimum_score)
 
 
-def _merged(
-    line: list[_Dense], fresh: Iterable[tuple[float, Mapping[str, Any]]], minimum_score: float | None
-) -> list[_Dense]:
-    """Both by score; of equal ones the published document comes first."""
-    new = [
-        _Dense(document["document_id"], score, None, document)
-        for score, document in fresh
-        if minimum_score is None or score >= minimum_score
-    ]
-    return sorted([*line, *new], key=lambda each: -each.score)
+def _merged(line: list[_Dense], fresh: list[_Dense]) -> list[_Dense]:
+    """Both by score; of equal ones the published document comes first.
+
+    A fresh document that came while the index was asked takes the place of the published one here.
+    """
+    names = {each.document_id for each in fresh}
+    published = [each for each in line if each.document_id not in names]
+    return sorted([*published, *fresh], key=lambda each: -each.score)
 
 
 def _summed(lines: Sequence[Sequence[_Dense]], weights: Sequence[float]) -> list[_Dense]:
@@ -555,6 +608,23 @@ def _sortable(score: float) -> float:
 
 def _number(score: float | None) -> float | None:
     return None if score is None or math.isnan(score) else score
+
+
+def _fitting(hits: Sequence[Hit], max_tokens: int, count: Callable[[str], int]) -> list[Passage]:
+    """The passages of `context`."""
+    chosen: list[Passage] = []
+    left = max_tokens
+    for hit in hits:
+        text = str(hit.document.get("text") or "").strip()
+        n = count(text) if text else 0
+        if text and n <= left:
+            chosen.append(_passage(hit, text, n))
+            left -= n
+    if not chosen and hits:
+        text = _cut(str(hits[0].document.get("text") or ""), max_tokens, count)
+        if text:
+            chosen.append(replace(_passage(hits[0], text, count(text)), is_cut=True))
+    return chosen
 
 
 def _passage(hit: Hit, text: str, n_tokens: int) -> Passage:

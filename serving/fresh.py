@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,10 @@ import numpy as np
 from pipeline.artifacts import locked
 from pipeline.errors import ArtifactError, BusyError, InputError
 from serving.errors import ServingError
+from serving.lexical import Counted, WordCounts, counts_of
+from serving.published import searched_text, title_of
+from serving.shown import shown, shows
+from serving.titles import Titles
 
 DATABASE = "fresh.sqlite"
 LOCK = "lock"
@@ -32,7 +37,6 @@ MAX_TEXT_CHARS = 10_000  # an encoder reads some hundreds of words, and every te
 MAX_DOCUMENT_BYTES = 1 << 16  # of a document as JSON, its further fields included
 MAX_ID_CHARS = 1_000
 KEPT_ENCODERS = 3  # whose vectors stay, so that going back to the version before encodes nothing again
-ID_LETTERS = 80  # of a document_id in a message
 NOWHERE = np.float32(-np.inf)
 
 SCHEMA = """
@@ -81,7 +85,6 @@ class FreshDocuments:
         *,
         max_documents: int = MAX_DOCUMENTS,
         max_text_chars: int = MAX_TEXT_CHARS,
-        read_only: bool = False,
     ) -> "FreshDocuments":
         """Open the folder, which is made where there is none, and hold it for this process.
 
@@ -89,15 +92,13 @@ class FreshDocuments:
             dim: width of the encoder's vectors.
             max_documents: as many documents may be held, and as many removals; what a folder holds beyond a
                 limit lowered since then is kept and searched.
-            read_only: see what is there beside the process that holds the folder, and change nothing.
 
         Raises:
             BusyError: another process holds the folder.
-            ArtifactError: the database is damaged, of another program or of an unknown format; or it is to be
-                read and is not there.
+            ArtifactError: the database is damaged, of another program or of an unknown format.
             ServingError: 507 or 503, the disk is full or refuses to be written.
         """
-        store = _Store(Path(folder), max_documents, max_text_chars, read_only)
+        store = _Store(Path(folder), max_documents, max_text_chars)
         try:
             return store.view(dim, encoder_sha256)
         except BaseException:
@@ -167,8 +168,7 @@ class FreshDocuments:
 
         Raises:
             InputError: a document cannot be used; the first such one is named.
-            ServingError: 507, there is no room for them or on the disk; 503, the disk refuses to be written;
-                403, opened to be read only.
+            ServingError: 507, there is no room for them or on the disk; 503, the disk refuses to be written.
             ValueError: the vectors are not the encoder's.
         """
         self.change(documents, vectors, ())
@@ -193,7 +193,7 @@ class FreshDocuments:
             where = f"removal {number} of {len(document_ids)}"
             if _check_id(document_id, where) in checked:
                 raise InputError(
-                    f"{where}: {_shown(document_id)} is to be added in the same request; send one of them"
+                    f"{where}: {shown(document_id)} is to be added in the same request; send one of them"
                 )
         return checked
 
@@ -237,6 +237,41 @@ class FreshDocuments:
             for row in scores
         ]
 
+    def by_words(
+        self,
+        scores_of: Callable[[Counted], np.ndarray],
+        k: int,
+        keep: Callable[[Document], bool] | None = None,
+    ) -> list[tuple[float, Document]]:
+        """The k documents with the best scores above 0, best first; of equal ones the smaller id comes first.
+
+        Words are counted at the first call after a change, of the new documents alone: call it in a thread.
+
+        Args:
+            scores_of: the words of n documents -> scores float32 (n,), as Lexical.scores_of.
+            keep: as of `search`.
+        """
+        held = self._store.held
+        scores = scores_of(held.counted)
+        scores[scores <= 0] = NOWHERE
+        if keep is not None:
+            out = [at for at in np.flatnonzero(scores > 0).tolist() if not keep(held.listed[at])]
+            scores[out] = NOWHERE
+        names = tuple(held.documents)
+        return [(float(scores[at]), dict(held.listed[at])) for at in _best(scores, names, k)]
+
+    def titled(self, typed: str, k: int) -> list[tuple[float, Document]]:
+        """The k documents whose titles, or first lines, are best for what is typed so far; as Titles.find.
+
+        All titles are read at the first call after a change, ten thousand in 0.2 s: call it in a thread.
+
+        Returns:
+            (score from 0 to 1, document), best first.
+        """
+        held = self._store.held
+        found = held.titles.find(typed, k)
+        return [(score, dict(held.listed[row])) for row, score in found]
+
     def published(self, *texts_of: TextsOf) -> int:
         """Let go of what newly served versions hold, and of removals that they have followed.
 
@@ -262,10 +297,6 @@ class FreshDocuments:
         }
         gone = [name for name in held.removed if texts_of and not any(texts(name) for texts in texts_of)]
         return self._store.drop(here, gone) if here or gone else 0
-
-    def refresh(self) -> bool:
-        """See what another process has changed since; for one opened to be read only. Whether it had."""
-        return self._store.refresh()
 
     def close(self) -> None:
         """Give the folder back; no encoder's view of it can change it after that."""
@@ -315,6 +346,21 @@ class _Held:
     def __post_init__(self) -> None:
         object.__setattr__(self, "hides", self.removed | self.documents.keys())
 
+    @cached_property
+    def listed(self) -> tuple[Document, ...]:
+        """The documents by number, in the order in which they first came."""
+        return tuple(self.documents.values())
+
+    @cached_property
+    def titles(self) -> Titles:
+        """The title of each of `listed`."""
+        return Titles.of([title_of(document) for document in self.listed])
+
+    @cached_property
+    def counted(self) -> Counted:
+        """The words of each of `listed`."""
+        return Counted.of([_words_of(document) for document in self.listed])
+
     def added(self, encoder: str, documents: Mapping[str, Document], vectors: np.ndarray) -> "_Held":
         """These documents held, and encoded by this encoder; others have still to encode a new text."""
         after = {**self.documents, **documents}
@@ -344,6 +390,15 @@ class _Held:
         return {name for name in documents if name in held and held[name]["text"] != documents[name]["text"]}
 
 
+def _words_of(document: Document) -> WordCounts:
+    return _counts_of(document.get("title"), document["text"])
+
+
+@lru_cache(maxsize=2 * MAX_DOCUMENTS)  # a change counts the words of what is new alone
+def _counts_of(title: str | None, text: str) -> WordCounts:
+    return counts_of(searched_text(title, text))
+
+
 def _best(scores: np.ndarray, ids: Sequence[str], k: int) -> list[int]:
     """Rows of the k highest of scores (n,), best first, equal ones by id; none at -inf."""
     at = np.flatnonzero(scores > NOWHERE)
@@ -359,16 +414,14 @@ def _best(scores: np.ndarray, ids: Sequence[str], k: int) -> list[int]:
 class _Store:
     """The database, its lock, and the picture of it that searches read. Changes come one at a time."""
 
-    def __init__(self, folder: Path, max_documents: int, max_text_chars: int, read_only: bool) -> None:
+    def __init__(self, folder: Path, max_documents: int, max_text_chars: int) -> None:
         self.path = folder / DATABASE
         self.max_documents, self.max_text_chars = max_documents, max_text_chars
-        self._read_only = read_only
         self._changing = threading.RLock()
         self._views: weakref.WeakSet[FreshDocuments] = weakref.WeakSet()
         self._open = ExitStack()
         try:
-            if not read_only:
-                self._lock(folder)
+            self._lock(folder)
             self._connection = self._connect()
             self._open.callback(self._connection.close)
             with self._readable():
@@ -376,7 +429,6 @@ class _Store:
         except BaseException:
             self._open.close()
             raise
-        self._seen = 0  # the database's own count of what others changed
         self.held = _Held({}, frozenset(), {})
 
     def view(self, dim: int, encoder_sha256: str) -> FreshDocuments:
@@ -384,8 +436,7 @@ class _Store:
         with self._changing:
             seen = FreshDocuments(self, dim, encoder_sha256)
             self._views.add(seen)
-            if not self._read_only:
-                self._remember(encoder_sha256)
+            self._remember(encoder_sha256)
             if encoder_sha256 not in self.held.rows:
                 self.held = self._read()
             return seen
@@ -431,14 +482,6 @@ class _Store:
             self.held = self.held.without(frozenset(names), self.held.removed - back)
             return len(names) + len(back)
 
-    def refresh(self) -> bool:
-        with self._changing:
-            with self._readable():
-                is_old = self._data_version() != self._seen
-            if is_old:
-                self.held = self._read()
-            return is_old
-
     def close(self) -> None:
         with self._changing:
             self._open.close()
@@ -453,12 +496,8 @@ class _Store:
             ) from None
 
     def _connect(self) -> sqlite3.Connection:
-        if self._read_only and not self.path.is_file():
-            raise ArtifactError(f"{self.path} is not there: nothing was ever added; check the folder")
-        # the path as an address: only so can SQLite be told not to write
-        address = f"{self.path.resolve().as_uri()}?mode={'ro' if self._read_only else 'rwc'}"
         try:
-            return sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+            return sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
             raise ArtifactError(
                 f"{self.path} cannot be opened: {error}; check the path and its rights"
@@ -478,12 +517,6 @@ class _Store:
                 f"{self.path} has format {known}, and format {FORMAT} is known here: it was written by "
                 "another release; start that one, or give an empty folder and add the documents again"
             )
-        if self._read_only:
-            if is_new:
-                raise ArtifactError(
-                    f"{self.path} is empty: the process that made it was stopped; start it again"
-                )
-            return
         ask("PRAGMA journal_mode = WAL")  # a reader beside it never waits
         ask("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut too
         if is_new:
@@ -495,7 +528,6 @@ class _Store:
         ask = self._connection.execute
         with self._readable(), self._connection:
             ask("BEGIN")
-            self._seen = self._data_version()
             found = ask("SELECT document_id, document FROM documents ORDER BY position").fetchall()
             documents = {name: json.loads(text) for name, text in found}
             removed = frozenset(name for (name,) in ask("SELECT document_id FROM removed"))
@@ -541,8 +573,6 @@ class _Store:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: when this is left, all of it is on the disk, or nothing and an error tells why."""
-        if self._read_only:
-            raise ServingError(f"{self.path} was opened to be read only: ask the process that holds it", 403)
         try:
             with self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
@@ -563,9 +593,6 @@ class _Store:
                 "documents again"
             ) from None
 
-    def _data_version(self) -> int:
-        return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
-
 
 # --- What may be added -----------------------------------------------------------------------------------
 
@@ -582,7 +609,7 @@ def _checked(documents: Sequence[Mapping[str, Any]], max_text_chars: int) -> dic
         if not isinstance(document, Mapping):
             raise InputError(f"{where} is {_kind(document)}, wanted an object with document_id and text")
         name = _check_id(document.get("document_id"), where)
-        where += f" ({_shown(name)})"
+        where += f" ({shown(name)})"
         if name in found:
             raise InputError(f"{where} has the id of an earlier one in the same request; send one of them")
         _check_text(document.get("text"), where, max_text_chars)
@@ -592,7 +619,7 @@ def _checked(documents: Sequence[Mapping[str, Any]], max_text_chars: int) -> dic
 
 
 def _check_id(document_id: Any, where: str) -> str:
-    if not isinstance(document_id, str) or not _shows(document_id):
+    if not isinstance(document_id, str) or not shows(document_id):
         got = "empty" if isinstance(document_id, str) else _kind(document_id)
         raise InputError(f"{where}: its document_id is {got}, wanted some letters")
     if len(document_id) > MAX_ID_CHARS:
@@ -604,7 +631,7 @@ def _check_id(document_id: Any, where: str) -> str:
 
 
 def _check_text(text: Any, where: str, max_text_chars: int) -> None:
-    if not isinstance(text, str) or not _shows(text):
+    if not isinstance(text, str) or not shows(text):
         got = "empty" if isinstance(text, str) else _kind(text)
         raise InputError(f"{where}: its text is {got}, wanted words to be found by")
     if len(text) > max_text_chars:
@@ -675,14 +702,6 @@ def _kind(value: Any) -> str:
         if value is None
         else kinds.get(type(value), "text" if isinstance(value, str) else "no JSON")
     )
-
-
-def _shows(text: str) -> bool:
-    return any(letter.isprintable() and not letter.isspace() for letter in text)
-
-
-def _shown(document_id: str) -> str:
-    return repr(document_id if len(document_id) <= ID_LETTERS else f"{document_id[:ID_LETTERS]}…")
 
 
 # --- What a version holds --------------------------------------------------------------------------------

@@ -9,14 +9,14 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import InputError, PipelineError, from_os_error
 from serving.errors import ServingError
 from serving.gateway_answers import Metrics
 from serving.index_backends import ServedIndex, VersionGoneError
@@ -37,11 +37,10 @@ HEALTH_SECONDS = 3.0  # that the index and a remote encoder may take to show tha
 
 
 class Gateway:
-    """What the routes share: flags, the pinned versions, items, feedback, metrics.
+    """What the routes share: flags, the pinned versions, feedback, metrics.
 
     Attributes:
         pins: which version answers.
-        items: canned answers with the vectors of the live version's encoder; None: none are configured.
     """
 
     def __init__(
@@ -50,11 +49,8 @@ class Gateway:
         self.flags, self.feedback = flags, feedback
         self.pins = Pins(means, split.compared if split else None, self._prepare)
         self.pins.split = split
-        self.items: Items | None = None
         self.metrics = Metrics()
-        self._items_state: tuple[int, int] | None = None
         self._remote = bool(flags.encoder_url)
-        self._has_index_server = means.served is not None
 
     @property
     def threads(self) -> Executor | None:
@@ -86,25 +82,23 @@ class Gateway:
 
     async def close(self) -> None:
         await self.pins.close()
+        if self.feedback is not None:
+            await asyncio.to_thread(self.feedback.close)
 
     async def health(self) -> dict[str, Any]:
         """What /health says; raises ServingError while a search could not be answered."""
-        pinned = self.pins.ready()
-        checks: list[Coroutine[Any, Any, Any]] = []
-        if self._has_index_server:
-            checks.append(self._index_answers(pinned))
-        if self._remote:
-            checks.append(pinned.encoding.queries(["health"]))
+        pinned, compared, problem = self.pins.ready(), self.pins.compared, self.pins.problem
         try:
-            await asyncio.wait_for(asyncio.gather(*checks), HEALTH_SECONDS)
+            available = await asyncio.wait_for(self._answering(), HEALTH_SECONDS)
         except TimeoutError:
             raise ServingError(
                 f"the index server or the encoder server gave no answer within {HEALTH_SECONDS:g} s", 503
             ) from None
-        healthy = getattr(pinned.encoding, "is_healthy", True)
-        if not healthy:
-            raise ServingError("the encoder in this process hangs or has ended: start the gateway again", 503)
-        compared = self.pins.compared
+        if pinned.version not in available:
+            raise ServingError(f"the index server no longer has version {pinned.version}", 503)
+        if compared is not None and compared.version not in available:  # its users are answered, too
+            problem = f"the index server no longer has version {compared.version}: all get the live one"
+            compared = None
         said = {
             "status": "ok",
             "version": pinned.version,
@@ -115,46 +109,70 @@ class Gateway:
             "hybrid": pinned.finder.has_lexical,
             "description": pinned.published.manifest.get("description"),
         }
-        return said | ({"problem": self.pins.problem} if self.pins.problem else {})
+        return said | ({"problem": problem} if problem else {})
 
-    async def _index_answers(self, pinned: Pinned) -> None:
+    async def _answering(self) -> list[int]:
+        """The versions that the index has; raises ServingError where it or an encoder does not answer."""
+        encodings = {id(each.encoding): each.encoding for each in self.pins.served}.values()
+        if not all(getattr(encoding, "is_healthy", True) for encoding in encodings):
+            raise ServingError("the encoder in this process hangs or has ended: start the gateway again", 503)
+        asked = [encoding.queries(["health"]) for encoding in encodings] if self._remote else []
         served = self.pins._means.served
-        assert served is not None
-        if pinned.version not in await served.available_versions():
-            raise ServingError(f"the index server no longer has version {pinned.version}", 503)
+        if served is None:
+            await asyncio.gather(*asked)
+            return [each.version for each in self.pins.served]
+        available, *_ = await asyncio.gather(served.available_versions(), *asked)
+        return available
 
     async def _prepare(self, pinned: Pinned) -> None:
         """Before a version answers: the items by its encoder, the comparison with its number."""
-        split = self.pins.split
-        if split is not None and pinned.version == split.compared:
-            return
         if self.flags.items is not None:
-            self.items, self._items_state = await self._read_items(pinned)
-        if split is not None:
+            try:
+                await self._read_items(pinned)
+            except (InputError, OSError) as error:
+                await self._inherit_items(pinned, error)
+        split = self.pins.split
+        if split is not None and pinned.version != split.compared:
             self.pins.split = replace(split, live=pinned.version)
         if self.feedback is not None:
             self.feedback.split = self.pins.split
 
-    async def _read_items(self, pinned: Pinned) -> "tuple[Items, tuple[int, int]]":
+    async def _read_items(self, pinned: Pinned) -> None:
+        """Give a version the items of the file, by its own encoder.
+
+        Raises:
+            PipelineError, OSError: the version keeps the items it has, and the fault is said once.
+        """
         from serving.items import Items
 
-        state = _state_of(self.flags.items)
-        items = await asyncio.to_thread(Items.read, self.flags.items)
+        pinned.items_state = _state_of(self.flags.items)
+        await self._take_items(pinned, await asyncio.to_thread(Items.read, self.flags.items))
+
+    async def _take_items(self, pinned: Pinned, items: "Items") -> None:
         items.embedded(await pinned.encoding.queries(items.phrases))
-        return items, state
+        pinned.items = items
+
+    async def _inherit_items(self, pinned: Pinned, error: Exception) -> None:
+        """Where the file cannot be used any more: what the live version has, by the new one's encoder."""
+        from serving.items import Items
+
+        live = self.pins.live
+        if live is None or live.items is None:
+            raise InputError(f"--items {self.flags.items}: {error}") from None
+        log.warning("%s; version %d takes the items read before", error, pinned.version)
+        await self._take_items(pinned, Items(live.items.items))
 
     async def _watch_items(self) -> None:
         """Read a changed items file again; one that cannot be used leaves what was read before."""
         while self.flags.items is not None:
             await asyncio.sleep(self.flags.poll_seconds)
-            try:
-                state = _state_of(self.flags.items)
-                if state != self._items_state:
-                    self._items_state = state  # a fault is said once, not at each look
-                    self.items, self._items_state = await self._read_items(self.pins.ready())
-                    log.info("%s read again", self.flags.items)
-            except (PipelineError, OSError) as error:
-                log.warning("%s; the items read before stay", error)
+            for pinned in self.pins.served:
+                try:
+                    if _state_of(self.flags.items) != pinned.items_state:
+                        await self._read_items(pinned)
+                        log.info("%s read again for version %d", self.flags.items, pinned.version)
+                except (PipelineError, OSError) as error:
+                    log.warning("%s; the items read before stay", error)
 
 
 def make_gateway(flags: argparse.Namespace) -> Gateway:
@@ -180,6 +198,7 @@ def make_gateway(flags: argparse.Namespace) -> Gateway:
         flags.model_base_path,
         _opener(flags),
         served=None if flags.in_process else ServedIndex(flags.index_url, flags.model_name),
+        has_one_encoder=bool(flags.encoder_url),
         device=lambda: _device(flags),
         has_lexical=not flags.no_hybrid,
         open_fresh=_fresh_opener(flags.fresh) if flags.fresh else None,
@@ -189,13 +208,20 @@ def make_gateway(flags: argparse.Namespace) -> Gateway:
 
 
 def _opener(flags: argparse.Namespace) -> Callable[[PublishedVersion], Any]:
-    """Makes the encoding for a version."""
+    """Makes the encoding for a version; raises InputError where the key's file cannot be used."""
+    api = "embed" if flags.encoder_api == "tei" else flags.encoder_api
+    key = _key(flags.encoder_key_file) if flags.encoder_key_file else None
 
     async def remote(version: PublishedVersion) -> "Encoding":
-        from serving.encoding import RemoteEncoding
+        from serving.remote_encoding import RemoteEncoding
 
-        api = "embed" if flags.encoder_api == "tei" else flags.encoder_api
-        return await RemoteEncoding.open(flags.encoder_url, encoder_api=api)
+        return await RemoteEncoding.open(
+            flags.encoder_url,
+            encoder_api=api,
+            model=flags.encoder_model,
+            api_key=key,
+            prompts=version.manifest.get("prompts"),
+        )
 
     async def local(version: PublishedVersion) -> "Encoding":
         from serving.encoding import LocalEncoding
@@ -204,6 +230,19 @@ def _opener(flags: argparse.Namespace) -> Callable[[PublishedVersion], Any]:
         return await asyncio.to_thread(lambda: LocalEncoding.open(folder, device=flags.device))
 
     return remote if flags.encoder_url else local
+
+
+def _key(path: Path) -> str:
+    """A key for a header: the file's one line."""
+    try:
+        key = path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise from_os_error(error) or InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        key = ""
+    if not key.isprintable() or not key:
+        raise InputError(f"{path}: --encoder_key_file wants the encoder server's key in one line of ASCII")
+    return key
 
 
 def _fresh_opener(folder: Path) -> Callable[[int, str], Any]:
@@ -235,8 +274,10 @@ def serve(flags: argparse.Namespace) -> None:
     Raises:
         PipelineError: what it was started with cannot be used; found while the first version loads, too.
     """
+    import uvloop
+
     gateway = make_gateway(flags)
-    asyncio.run(_serve(gateway))
+    uvloop.run(_serve(gateway))
 
 
 async def _serve(gateway: Gateway) -> None:

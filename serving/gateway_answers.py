@@ -1,9 +1,11 @@
 """How the gateway answers: JSON, errors of one line, bounds on what is asked, and counts of all of it."""
 
+import asyncio
 import json
 import logging
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -11,9 +13,15 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.errors import InputError, PipelineError
+from serving.encoding import EncodingError
+from serving.leaving import GONE, GoneError, while_there
 
 log = logging.getLogger("serving")
 
+BODY_SECONDS = 10.0  # that a body may take
+NAME_LETTERS = 100  # of what was asked wrongly, in a message
+ENCODER_STATUSES = (409, 429, 503)  # that mean the same here; others speak of a request that we made
+CARRIED_OUT = ("/documents", "/opened")  # to their end, also where nobody waits for the answer
 LATENCY_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -78,6 +86,8 @@ def _error(message: str, status: int) -> Response:
 async def _said(request: Request, error: Exception) -> Response:
     """An error that a person should read: its own status; 400 for what was asked wrongly."""
     status = getattr(error, "status", None) or (400 if isinstance(error, InputError) else 500)
+    if isinstance(error, EncodingError) and status not in ENCODER_STATUSES:
+        status = 502
     if status >= 500:
         request.scope["gateway_part"] = _part_of(error)
         if request.url.path != "/health":  # asked every second, and its asker reads the answer
@@ -86,16 +96,16 @@ async def _said(request: Request, error: Exception) -> Response:
 
 
 def _part_of(error: Exception) -> str:
-    module = type(error).__module__
-    if module.endswith("encoding"):
+    if isinstance(error, EncodingError):
         return "encoder"
-    return "index" if "index server" in str(error) or module.endswith("index_backends") else "gateway"
+    is_of_index = type(error).__module__.endswith("index_backends") or "index server" in str(error)
+    return "index" if is_of_index else "gateway"
 
 
 async def _wrong_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(each) for each in first["loc"][1:]) or "the body"
+    where = ".".join(str(each) for each in first["loc"][1:])[:NAME_LETTERS] or "the body"
     if first["type"] == "json_invalid":
         return _error('the body is no JSON object; wanted one such as {"query": "words"}', 400)
     if first["type"] == "extra_forbidden":
@@ -127,6 +137,7 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
         404: "not configured",
         409: "the encoder is another one than the version's",
         429: "too many requests are under way",
+        502: "the index server or the encoder answered with something else than was asked for",
         503: "the index server, the encoder or the first version is not there",
         507: "no more room for fresh documents",
     }
@@ -137,8 +148,15 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 class Bounds:
     """Refuses what is too large, no JSON, or too much at once; counts and times every answer."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_queued: int, max_body_bytes: int) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        max_queued: int,
+        max_body_bytes: int,
+        hosts: frozenset[str] | None = None,
+    ) -> None:
+        self._app, self._metrics, self._hosts = app, metrics, hosts
         self._max_queued, self._max_body_bytes = max_queued, max_body_bytes
         self._n_busy = 0
 
@@ -146,7 +164,7 @@ class Bounds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status = time.perf_counter(), 0
 
         async def sent(message: Message) -> None:
             nonlocal status
@@ -154,28 +172,47 @@ class Bounds:
                 status = message["status"]
             await send(message)
 
+        async def there() -> Message:
+            message = await receive()
+            if status:  # the answer has begun: its end looks like the client's leaving
+                await asyncio.Event().wait()
+            return message
+
+        try:
+            # Whoever sends a body slowly holds nobody's place, so that it may be full only after it.
+            body = self._refusal(scope) or await self._body(receive)
+            if isinstance(body, bytes) and self._is_full(scope):
+                body = _full()
+            if isinstance(body, Response):
+                await body(scope, receive, sent)
+            else:
+                await self._answer(scope, _again(body, receive), there, sent)
+        except GoneError:
+            status = GONE
+        finally:
+            self._count(scope, status or 500, time.perf_counter() - began)
+
+    async def _answer(self, scope: Scope, given: Receive, there: Receive, sent: Send) -> None:
         self._n_busy += 1
         try:
-            refusal = self._refusal(scope)
-            body = None if refusal else await self._body(scope, receive)
-            if refusal is None and body is None:
-                refusal = self._too_large()
-            if body and _has_half_a_letter(body):
-                refusal = _error(
-                    "the body has half a character (a lone \\ud800 to \\udfff): leave it out", 400
-                )
-            if refusal is not None:
-                await refusal(scope, receive, sent)
-            else:
-                await self._app(scope, _again(body or b"", receive), sent)
+            answer = self._app(scope, given, sent)
+            await (answer if scope["path"] in CARRIED_OUT else while_there(there, answer))
         finally:
             self._n_busy -= 1
-            self._count(scope, status, time.perf_counter() - began)
+
+    def _is_full(self, scope: Scope) -> bool:
+        return self._n_busy >= self._max_queued and scope["path"] not in ("/health", "/metrics")
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = dict(scope["headers"])
-        if self._n_busy > self._max_queued and scope["path"] not in ("/health", "/metrics"):
-            return _error("too many requests are under way; ask again in a moment", 429)
+        if self._is_full(scope):
+            return _full()
+        if self._hosts is not None and _host_of(headers.get(b"host", b"")) not in self._hosts:
+            return _error(
+                "this gateway listens for its own machine alone, and was asked by another name: give it as "
+                "--allowed_host",
+                403,
+            )
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return None
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
@@ -187,14 +224,32 @@ class Bounds:
             return self._too_large()
         return None
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def _body(self, receive: Receive) -> bytes | Response:
+        """The body, or why it is not taken.
+
+        Raises:
+            GoneError: the client has left before its end.
+        """
+        try:
+            body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
+        except TimeoutError:
+            refusal = _error(f"the request's body did not come within {BODY_SECONDS:g} s: send it again", 408)
+            refusal.headers["Connection"] = "close"  # the rest of it would be taken for the next request
+            return refusal
+        if body is None:
+            return self._too_large()
+        if _has_half_a_letter(body):
+            return _error("the body has half a character (a lone \\ud800 to \\udfff): leave it out", 400)
+        return body
+
+    async def _read(self, receive: Receive) -> bytes | None:
         """The body; None where it is larger than allowed, whatever its head said."""
         size = 0
         parts: list[bytes] = []
         while True:
             message = await receive()
             if message["type"] != "http.request":
-                return b"".join(parts)
+                raise GoneError
             part = message.get("body", b"")
             size += len(part)
             if size > self._max_body_bytes:
@@ -217,10 +272,26 @@ class Bounds:
             metrics.failures.labels(scope.get("gateway_part", "gateway")).inc()
 
 
+def _full() -> Response:
+    return _error("too many requests are under way; ask again in a moment", 429)
+
+
+def _host_of(header: bytes) -> str:
+    """The name in a Host header, without its port; empty where it is none."""
+    try:
+        return urlsplit("//" + header.decode("latin-1")).hostname or ""
+    except ValueError:
+        return ""
+
+
 def _has_half_a_letter(body: bytes) -> bool:
     """Whether a string of the JSON cannot be written as UTF-8; no tokenizer and no log could take it."""
-    if b"\\ud" not in body.lower():
-        return False
+    try:
+        # Python's reader takes UTF-16, too, which is full of zero bytes, and halves of UTF-8.
+        if b"\\ud" not in body.lower() and "\0" not in body.decode():
+            return False
+    except UnicodeDecodeError:
+        pass
     try:
         json.dumps(json.loads(body), ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -55,6 +55,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         made.error("--compare wants --user_key_file FILE: without it users would change sides at a restart")
     if flags.compare and flags.in_process:
         made.error("--compare wants an index server that serves both versions: leave --in_process out")
+    if flags.encoder_key_file and not flags.encoder_url:
+        made.error("--encoder_key_file is for an encoder server: give --encoder_url, or leave it out")
+    if flags.encoder_model and not (flags.encoder_url and flags.encoder_api == "openai"):
+        made.error(
+            "--encoder_model is for --encoder_url with --encoder_api openai: give both, or leave it out"
+        )
     flags.index_url = flags.index_url or DEFAULT_URL
     flags.model_base_path = flags.model_base_path or Path("work/models") / flags.model_name
     return flags
@@ -103,6 +109,13 @@ def _add_encoder(group: argparse._ArgumentGroup) -> None:
         default="tei",
         help="how --encoder_url is asked: POST /embed, or POST /v1/embeddings; default %(default)s",
     )
+    group.add_argument("--encoder_model", metavar="NAME", help="the model that --encoder_api openai asks for")
+    group.add_argument(
+        "--encoder_key_file",
+        type=Path,
+        metavar="FILE",
+        help="the key of --encoder_url, sent as Authorization: Bearer",
+    )
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="of an encoder in this process"
     )
@@ -111,6 +124,13 @@ def _add_encoder(group: argparse._ArgumentGroup) -> None:
 def _add_listening(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default %(default)s: this machine alone"
+    )
+    group.add_argument(
+        "--allowed_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that a proxy on this machine passes on as Host; may be given several times",
     )
     group.add_argument("--port", type=_number(int, "a port of 0 to 65535", 0, 65535), default=8000)
     group.add_argument(
@@ -156,7 +176,8 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--compare",
         metavar="VERSION:SHARE",
-        help="serve this version, too, to this share of the users; the index server must serve both",
+        help="serve this version, too, to this share of the users; the index server must serve both, and "
+        "with --encoder_url that one encoder must have made both",
     )
 
 

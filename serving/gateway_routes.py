@@ -1,8 +1,9 @@
 """The gateway's routes: what each is asked, and what it answers."""
 
+import argparse
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from pipeline.errors import InputError
 from serving import __version__
 from serving.docs_page import docs_page
 from serving.errors import ServingError
+from serving.feedback import MAX_ID
 from serving.finding import MAX_FILTER_IDS, MAX_SEEDS, Filter, Hit, title_of
 from serving.gateway import Gateway
 from serving.gateway_answers import Bounds, add_errors, json_answer, refusals
@@ -34,8 +36,10 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MAX_ADDED = 1000  # documents of one request
 MAX_CONTEXT_TOKENS = 100_000
+MAX_ITEMS = 3  # canned answers above the results
 TITLE_CHARS = 200  # of a suggestion: no terminal and no page shows more
 
 
@@ -82,6 +86,7 @@ class ContextBody(Body):
     query: str
     max_tokens: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 2000
     hybrid: bool = True
+    user_id: UserId | None = None
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"query": "merge two tables on a key", "max_tokens": 500}]}
@@ -109,10 +114,10 @@ class TryBody(Body):
 
 
 class OpenedBody(Body):
-    document_id: str
+    document_id: Annotated[str, Field(max_length=MAX_ID)]
     query: str | None = None
     rank: Annotated[int, Field(ge=1)] | None = None
-    version: int | None = None
+    version: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     user_id: UserId | None = None
 
     model_config = ConfigDict(
@@ -130,6 +135,7 @@ def make_app(gateway: Gateway) -> FastAPI:
         description='Typed text in, documents out. An error is {"error": "one line"}.',
         docs_url=None,  # FastAPI's own page loads its script from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
     )
     _add_search(app, gateway)
     _add_documents(app, gateway)
@@ -142,26 +148,30 @@ def make_app(gateway: Gateway) -> FastAPI:
         metrics=gateway.metrics,
         max_queued=gateway.flags.max_queued,
         max_body_bytes=gateway.flags.max_body_bytes,
+        hosts=_hosts(gateway.flags),
     )
     return app
 
 
 def _add_search(app: FastAPI, gateway: Gateway) -> None:
-    @app.post("/search", summary="Documents for a text", responses=refusals(400, 409, 429, 503))
+    @app.post("/search", summary="Documents for a text", responses=refusals(400, 409, 429, 502, 503))
     async def search(body: SearchBody) -> Any:
         began = time.perf_counter()
         query = _query(body.query, gateway)
         wanted = _filter(body.filter)
         k = _bounded(body.k, gateway)
-        pinned, hits = await gateway.answered(
-            body.user_id, lambda pinned: pinned.finder.search(query, k, wanted, hybrid=body.hybrid)
-        )
+
+        async def ask(pinned: Pinned) -> tuple[list[Hit], list[dict[str, Any]]]:
+            hits = await pinned.finder.search(query, k, wanted, hybrid=body.hybrid)
+            return hits, await _items_for(pinned, query)
+
+        pinned, (hits, items) = await gateway.answered(body.user_id, ask)
         if gateway.feedback is not None:
             shown = [hit.document_id for hit in hits]
             gateway.feedback.searched(body.user_id, query, shown, pinned.version)
         is_hybrid = body.hybrid and pinned.finder.has_lexical
         said = {"query": query, "hybrid": is_hybrid, "took_ms": _ms(began)}
-        return json_answer(_results(pinned, hits) | said)
+        return json_answer(_results(pinned, hits) | said | {"items": items})
 
     @app.post(
         "/related", summary="What to read after some documents, latest first", responses=refusals(400, 503)
@@ -179,7 +189,7 @@ def _add_search(app: FastAPI, gateway: Gateway) -> None:
         began = time.perf_counter()
         query = _query(body.query, gateway)
         pinned, (passages, counted_by) = await gateway.answered(
-            None, lambda pinned: pinned.finder.context(query, body.max_tokens, hybrid=body.hybrid)
+            body.user_id, lambda pinned: pinned.finder.context(query, body.max_tokens, hybrid=body.hybrid)
         )
         shown = [vars(each) for each in passages]
         return json_answer(
@@ -192,17 +202,25 @@ def _add_search(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/suggest", summary="Titles as one types", responses=refusals(400, 503))
     async def suggest(
-        q: Annotated[str, Query(max_length=1000)] = "", k: Annotated[int, Query(ge=1)] = 10
+        q: Annotated[str, Query(max_length=1000)] = "",
+        k: Annotated[int, Query(ge=1)] = 10,
+        user_id: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
     ) -> Any:
         began = time.perf_counter()
         k = _bounded(k, gateway)
-        with gateway.pins.using() as pinned:
+        with gateway.pins.using(user_id) as pinned:
             loop = asyncio.get_running_loop()
             # Of a document in passages every row has the title, and a removed one is left out.
             n_rows = k * (5 if pinned.catalogue.has_passages else 1) + 10
             rows = await loop.run_in_executor(gateway.threads, pinned.titles.find, q, n_rows)
-            found = _suggested(pinned, rows)[:k]
-        return json_answer({"version": pinned.version, "query": q, "results": found, "took_ms": _ms(began)})
+            found = _suggested(pinned, rows)
+            if pinned.fresh is not None:
+                fresh = await loop.run_in_executor(gateway.threads, pinned.fresh.titled, q, k)
+                found += [_suggestion(document, score) for score, document in fresh]
+            found.sort(key=lambda each: -each["score"])  # of equal ones the published stays first
+        return json_answer(
+            {"version": pinned.version, "query": q, "results": found[:k], "took_ms": _ms(began)}
+        )
 
 
 def _add_documents(app: FastAPI, gateway: Gateway) -> None:
@@ -216,7 +234,7 @@ def _add_documents(app: FastAPI, gateway: Gateway) -> None:
             fresh.check(body.add, body.remove)  # before anything is encoded
             vectors = await pinned.encoding.documents([document["text"] for document in body.add])
             await asyncio.to_thread(fresh.change, body.add, vectors, body.remove)
-            await gateway.pins.encode_stale()
+            await gateway.pins.encode_stale()  # what fails there is tried again at the next look
             return json_answer(
                 {"added": len(body.add), "removed": len(body.remove), "fresh_documents": fresh.n_documents}
             )
@@ -235,22 +253,21 @@ def _add_documents(app: FastAPI, gateway: Gateway) -> None:
 
 
 def _add_items(app: FastAPI, gateway: Gateway) -> None:
-    def items() -> "Items":
-        gateway.pins.ready()
-        if gateway.items is None:
+    def items(pinned: Pinned) -> "Items":
+        if pinned.items is None:
             raise ServingError("there are no items: start the gateway with --items FILE", 404)
-        return gateway.items
+        return pinned.items
 
     @app.get("/items", summary="Canned answers, closed ones too", responses=refusals(404))
     async def listed() -> Any:
-        return json_answer({"items": items().listed()})
+        return json_answer({"items": items(gateway.pins.ready()).listed()})
 
     @app.post("/items/try", summary="What a phrase finds, and why not more", responses=refusals(400, 404))
     async def tried(body: TryBody) -> Any:
         phrase = _query(body.phrase, gateway, "phrase")
         k = _bounded(body.k, gateway)
         with gateway.pins.using() as pinned:
-            known = items()
+            known = items(pinned)
             [vector] = await pinned.encoding.queries([phrase])
         found = [
             {
@@ -288,6 +305,16 @@ def _add_pages(app: FastAPI) -> None:
         return Response(
             page, media_type="text/html", headers=PAGE_HEADERS | {"Content-Security-Policy": policy}
         )
+
+
+def _hosts(flags: argparse.Namespace) -> frozenset[str] | None:
+    """Names that a gateway of this machine alone is asked by; None: it listens for others, too.
+
+    A page of elsewhere whose name is turned to 127.0.0.1 is of the gateway's origin for a browser.
+    """
+    if flags.host not in LOOPBACK:
+        return None
+    return frozenset(name.lower() for name in (*LOOPBACK, *flags.allowed_host))
 
 
 def _page(name: str, media_type: str) -> Callable[[], Any]:
@@ -363,6 +390,21 @@ def _result(hit: Hit) -> dict[str, Any]:
     return shown | ({"passage": passage} if isinstance(passage, int) else {})
 
 
+async def _items_for(pinned: Pinned, query: str) -> list[dict[str, Any]]:
+    """The canned answers that a query matches, by the version's own encoder."""
+    if pinned.items is None:
+        return []
+    known = pinned.items  # before anything is waited for: its vectors go with it
+    [vector] = await pinned.encoding.queries([query])
+    return [
+        {
+            "document_id": each.item.document_id, "path": each.item.path, "phrase": each.phrase,
+            "score": each.score,
+        }
+        for each in known.matches(vector, MAX_ITEMS)
+    ]  # fmt: skip
+
+
 def _suggested(pinned: Pinned, rows: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
     hidden = pinned.fresh.hides if pinned.fresh is not None else frozenset()
     found: dict[str, dict[str, Any]] = {}
@@ -370,6 +412,12 @@ def _suggested(pinned: Pinned, rows: Sequence[tuple[int, float]]) -> list[dict[s
         name = pinned.catalogue.id_of(row)
         if name not in hidden and name not in found:
             [document] = pinned.catalogue.documents([row])
-            title = title_of(document)[:TITLE_CHARS]
-            found[name] = {"document_id": name, "title": title, "url": document.get("url"), "score": score}
+            found[name] = _suggestion(document, score)
     return list(found.values())
+
+
+def _suggestion(document: Mapping[str, Any], score: float) -> dict[str, Any]:
+    title = title_of(document)[:TITLE_CHARS]
+    return {
+        "document_id": document["document_id"], "title": title, "url": document.get("url"), "score": score
+    }  # fmt: skip

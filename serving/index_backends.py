@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
@@ -46,7 +47,6 @@ class IndexBackend(Protocol):
         version: int,
         allowed: Sequence[str] | None = None,
         excluded: Sequence[str] | None = None,
-        minimum_score: float | None = None,
     ) -> Found:
         """The best documents of each query.
 
@@ -76,11 +76,10 @@ class _Asked:
     is_exact: bool = False
     allowed: tuple[str, ...] | None = None
     excluded: tuple[str, ...] = ()
-    minimum_score: float | None = None
 
     @property
     def is_filtered(self) -> bool:
-        return self.allowed is not None or bool(self.excluded) or self.minimum_score is not None
+        return self.allowed is not None or bool(self.excluded)
 
 
 class _Joined:
@@ -191,7 +190,6 @@ class ServedIndex:
         version: int,
         allowed: Sequence[str] | None = None,
         excluded: Sequence[str] | None = None,
-        minimum_score: float | None = None,
     ) -> Found:
         """As IndexBackend has it; joined with what others ask alike."""
         if allowed is not None and not allowed:
@@ -201,7 +199,6 @@ class ServedIndex:
             k,
             allowed=None if allowed is None else tuple(allowed),
             excluded=tuple(excluded or ()),
-            minimum_score=minimum_score,
         )
         return await self._joined.ask(asked, np.ascontiguousarray(queries, np.float32))
 
@@ -233,7 +230,7 @@ class ServedIndex:
         if name == "search_filtered":
             inputs["allowed_document_ids"] = list(asked.allowed or ())
             inputs["excluded_document_ids"] = list(asked.excluded)
-            inputs["minimum_score"] = -2.0 if asked.minimum_score is None else asked.minimum_score
+            inputs["minimum_score"] = -2.0  # below every dot product of unit vectors
         return orjson.dumps({"signature_name": name, "inputs": inputs}, option=orjson.OPT_SERIALIZE_NUMPY)
 
     async def _request(self, method: str, url: str, body: bytes | None = None) -> dict[str, Any]:
@@ -242,8 +239,10 @@ class ServedIndex:
         try:
             try:
                 return await self._once(method, url, body)
-            except aiohttp.ServerDisconnectedError:  # a kept connection that the server has left since
-                return await self._once(method, url, body)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                if isinstance(error, aiohttp.ClientConnectorError):
+                    raise  # nobody listens
+                return await self._once(method, url, body)  # a kept connection that the server has left since
         except aiohttp.ClientConnectionError as error:
             raise ServingError(
                 f"no index server answers at {self.url} ({_reason(error)}): start it with `make serve`, or "
@@ -280,9 +279,9 @@ class RowsIndex:
     """A version's rows in this process: the exact dot product, no index server.
 
     Args:
-        rows: float32 (n_rows, dim), unit length.
+        rows: float32 (n_rows, dim), unit length; not copied where a document's rows are neighbours.
         ids: the document of each row; one in several passages scores as the best of them.
-        device: "cpu" for NumPy; "cuda" keeps the rows there by PyTorch, and only the top k leave it.
+        device: "cpu" for NumPy; "cuda" for PyTorch, with the rows on that device.
 
     Raises:
         InputError: more rows than `max_rows`.
@@ -297,13 +296,14 @@ class RowsIndex:
                 "an index server (make serve) and leave --in_process out"
             )
         numbers: dict[str, int] = {}
-        self._owners = np.array([numbers.setdefault(each, len(numbers)) for each in ids], np.int64)
+        owners = np.array([numbers.setdefault(each, len(numbers)) for each in ids], np.int64)
         self._numbers, self._ids = numbers, list(numbers)
         # Rows of one document side by side, so that the best of each is one pass.
-        order = np.argsort(self._owners, kind="stable")
-        self._firsts = np.searchsorted(self._owners[order], np.arange(len(numbers)))
-        self._rows = np.ascontiguousarray(rows[order], np.float32)
-        self._multiply = _multiply_on(device, self._rows)
+        if (np.diff(owners) < 0).any():
+            order = np.argsort(owners, kind="stable")
+            rows, owners = rows[order], owners[order]
+        near = _NearByNumPy if device == "cpu" else partial(_NearByTorch, device=device)
+        self._near: _Near = near(np.ascontiguousarray(rows, np.float32), owners, len(numbers))
         self._thread = ThreadPoolExecutor(1, "rows")
         self._joined = _Joined(self._in_thread, max_flying=1)
 
@@ -317,7 +317,6 @@ class RowsIndex:
         version: int,
         allowed: Sequence[str] | None = None,
         excluded: Sequence[str] | None = None,
-        minimum_score: float | None = None,
     ) -> Found:
         """As IndexBackend has it; the version is the one whose rows these are."""
         asked = _Asked(
@@ -325,7 +324,6 @@ class RowsIndex:
             k,
             allowed=None if allowed is None else tuple(allowed),
             excluded=tuple(excluded or ()),
-            minimum_score=minimum_score,
         )
         return await self._joined.ask(asked, np.asarray(queries, np.float32))
 
@@ -341,24 +339,13 @@ class RowsIndex:
     def _best(self, asked: _Asked, queries: np.ndarray) -> Found:
         if not self._ids:
             return _nothing(len(queries), asked.k)
-        scores = self._multiply(queries)
-        if len(self._ids) < len(self._rows):
-            scores = np.maximum.reduceat(scores, self._firsts, axis=1)
-        if asked.is_filtered:
-            scores = np.where(self._passes(asked), scores, np.float32(NO_SCORE))
-        if asked.minimum_score is not None:
-            scores = np.where(scores >= asked.minimum_score, scores, np.float32(NO_SCORE))
-        k = min(asked.k, scores.shape[1])
-        best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-        best.sort(axis=1)  # of equal scores the earlier document comes first
-        at = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
-        best = np.take_along_axis(best, at, axis=1)
-        found = np.take_along_axis(scores, best, axis=1)
+        k = min(asked.k, len(self._ids))
+        scores, places = self._near.best(queries, k, self._passes(asked) if asked.is_filtered else None)
         ids = [
             [self._ids[n] if score > NO_SCORE else "" for n, score in zip(line, its, strict=True)]
-            for line, its in zip(best.tolist(), found.tolist(), strict=True)
+            for line, its in zip(places.tolist(), scores.tolist(), strict=True)
         ]
-        return _padded(found, ids, asked.k)
+        return _padded(scores, ids, asked.k)
 
     def _passes(self, asked: _Asked) -> np.ndarray:
         """bool (n_documents,): what the filter lets by."""
@@ -368,14 +355,79 @@ class RowsIndex:
         return passes
 
 
-def _multiply_on(device: str, rows: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """queries (n, dim) -> scores float32 (n, n_rows)."""
-    if device != "cuda":
-        return lambda queries: queries @ rows.T
-    import torch
+class _Near(Protocol):
+    """Documents by the best of their rows, which are neighbours: `owners`, int64 (n_rows,), ascend."""
 
-    there = torch.from_numpy(rows).to(device)
-    return lambda queries: (torch.from_numpy(queries).to(device) @ there.T).cpu().numpy()
+    def best(self, queries: np.ndarray, k: int, passes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The k best documents of each query; of equal scores the earlier document comes first.
+
+        Args:
+            queries: float32 (n, dim).
+            k: from 1 to the number of documents.
+            passes: bool (n_documents,), what may be found; None: everything.
+
+        Returns:
+            scores float32 (n, k), NO_SCORE of what may not be found, and the documents' numbers int64 (n, k).
+        """
+
+
+class _NearByNumPy:
+    def __init__(self, rows: np.ndarray, owners: np.ndarray, n_documents: int) -> None:
+        from threadpoolctl import ThreadpoolController
+
+        self._rows, self._blas = rows, ThreadpoolController()
+        in_passages = n_documents < len(rows)
+        self._firsts = np.searchsorted(owners, np.arange(n_documents)) if in_passages else None
+
+    def best(self, queries: np.ndarray, k: int, passes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """As _Near has it."""
+        # On one core: for a query or two, waking the others takes many times what they save.
+        with self._blas.limit(limits=1, user_api="blas"):
+            scores = queries @ self._rows.T
+        if self._firsts is not None:
+            scores = np.maximum.reduceat(scores, self._firsts, axis=1)
+        if passes is not None:
+            scores[:, ~passes] = NO_SCORE
+        kth = scores.shape[1] - k
+        least = np.partition(scores, kth, axis=1)[:, kth]
+        places = np.stack([_first(line, score, k) for line, score in zip(scores, least, strict=True)])
+        return np.take_along_axis(scores, places, axis=1), places
+
+
+def _first(scores: np.ndarray, least: float, k: int) -> np.ndarray:
+    """Places of the k highest of scores (n,), the last of which is `least`; equal ones by place."""
+    above = np.flatnonzero(scores > least)
+    tied = np.flatnonzero(scores == least)[: k - len(above)]
+    return np.concatenate([above[np.argsort(-scores[above], kind="stable")], tied])
+
+
+class _NearByTorch:
+    """The same on a device of PyTorch's: rows and scores stay there, only the k best leave it."""
+
+    def __init__(self, rows: np.ndarray, owners: np.ndarray, n_documents: int, device: str) -> None:
+        import torch
+
+        self._device, self._n_documents = device, n_documents
+        self._rows = torch.from_numpy(rows).to(device)
+        self._owners = torch.from_numpy(owners).to(device) if n_documents < len(rows) else None
+
+    def best(self, queries: np.ndarray, k: int, passes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """As _Near has it."""
+        import torch
+
+        scores = torch.from_numpy(queries).to(self._device) @ self._rows.T
+        if self._owners is not None:
+            none = scores.new_full((len(scores), self._n_documents), NO_SCORE)
+            scores = none.scatter_reduce(1, self._owners.expand(len(scores), -1), scores, "amax")
+        if passes is not None:
+            scores = scores.masked_fill(~torch.from_numpy(passes).to(self._device), NO_SCORE)
+        least = scores.topk(k, dim=1).values[:, -1:]
+        above, tied = scores > least, scores == least
+        n_left = k - above.sum(dim=1, keepdim=True)
+        chosen = above | (tied & (tied.cumsum(dim=1) <= n_left))  # topk alone takes any of those that tie
+        places = chosen.nonzero()[:, 1].reshape(len(scores), k)
+        found, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
+        return found.cpu().numpy(), places.gather(1, order).cpu().numpy()
 
 
 def _document(url: str, status: int, body: bytes) -> dict[str, Any]:

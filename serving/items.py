@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import InputError, from_os_error
+from serving.shown import shown, shows
 
 ID, PATH, OPEN, THRESHOLD, MEMO, PHRASE, PHRASES = COLUMNS = (
     "document_id", "path", "open", "threshold", "memo", "phrase", "phrases"
@@ -28,7 +29,6 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORE
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 SAVE_AS_UTF8 = "save it as UTF-8 (spreadsheets call it 'CSV UTF-8')"
-LETTERS = 80  # of a cell in a message
 
 MATCH, CLOSED, BELOW = "match", "closed", "below its threshold"
 
@@ -94,17 +94,6 @@ class Items:
         except OSError as error:
             raise from_os_error(error) or InputError(f"{path}: {error}; check the path") from None
         return cls(_items(_rows(_decoded(content, path), path), path))
-
-    def as_csv(self) -> str:
-        """The items as a CSV that `read` reads as the same items: a row for each phrase."""
-        file = io.StringIO(newline="")
-        write = csv.writer(file)
-        write.writerow([ID, PATH, OPEN, THRESHOLD, MEMO, PHRASE])
-        for item in self.items:
-            threshold = "" if item.threshold is None else repr(item.threshold)
-            given = [item.document_id, item.path, str(item.open).lower(), threshold, item.memo]
-            write.writerows([*given, phrase] for phrase in item.phrases)
-        return file.getvalue()
 
     def listed(self) -> list[dict[str, Any]]:
         """Every item, closed ones too, with the keys document_id, path, open, threshold, memo, phrases."""
@@ -233,10 +222,10 @@ def _rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _header(cells: list[str], where: str) -> list[str]:
     if len(cells) == 1 and any(mark in cells[0] for mark in ";\t"):
-        raise InputError(f"{where}: one column, {_shown(cells[0])}; save it with commas between the cells")
+        raise InputError(f"{where}: one column, {shown(cells[0])}; save it with commas between the cells")
     unknown = [name for name in cells if name not in COLUMNS]
     if unknown:
-        raise InputError(f"{where}: {_shown(unknown[0])} is no column of items; known: {', '.join(COLUMNS)}")
+        raise InputError(f"{where}: {shown(unknown[0])} is no column of items; known: {', '.join(COLUMNS)}")
     twice = [name for at, name in enumerate(cells) if name in cells[:at]]
     if twice:
         raise InputError(f"{where}: the column {twice[0]} is there twice; take one out")
@@ -255,7 +244,7 @@ def _items(rows: Iterable[tuple[int, Mapping[str, str]]], path: Path) -> list[It
     drafts: dict[str, _Draft] = {}
     for line, row in rows:
         where = f"{path}: line {line}"
-        if not _shows(row[ID]):
+        if not shows(row[ID]):
             raise InputError(f"{where} has no {ID}; fill it in, in every row of an item")
         _take(drafts.setdefault(row[ID], _Draft(line)), row, line, where)
         # An empty cell could mean either: whether people are answered with it is for the file to say.
@@ -274,19 +263,19 @@ def _take(draft: _Draft, row: Mapping[str, str], line: int, where: str) -> None:
         before, said, first = draft.said.setdefault(name, (value, cell, line))
         if before != value:
             raise InputError(
-                f"{where}: the {name} of {_shown(row[ID])} is {_shown(cell)}, and line {first} says "
-                f"{_shown(said)}; let an item's rows agree, or leave the cell empty"
+                f"{where}: the {name} of {shown(row[ID])} is {shown(cell)}, and line {first} says "
+                f"{shown(said)}; let an item's rows agree, or leave the cell empty"
             )
     if row.get(MEMO):
         draft.memos.setdefault(row[MEMO])
     cells = row[PHRASES].split(BETWEEN_PHRASES) if PHRASES in row else [row[PHRASE]]
-    draft.phrases.update(dict.fromkeys(phrase for cell in cells if _shows(phrase := cell.strip())))
+    draft.phrases.update(dict.fromkeys(phrase for cell in cells if shows(phrase := cell.strip())))
 
 
 def _item(document_id: str, draft: _Draft, path: Path) -> Item:
     if not draft.phrases:
         raise InputError(
-            f"{path}: line {draft.line}: {_shown(document_id)} has no phrase; write one that people type"
+            f"{path}: line {draft.line}: {shown(document_id)} has no phrase; write one that people type"
         )
     said = {name: value for name, (value, _, _) in draft.said.items()}
     return Item(document_id, tuple(draft.phrases), memo=BETWEEN_MEMOS.join(draft.memos), **said)
@@ -298,7 +287,7 @@ def _path(cell: str, where: str) -> str:
 
 def _open(cell: str, where: str) -> bool:
     if cell.lower() not in OPEN_WORDS:
-        raise InputError(f"{where}: {OPEN} is {_shown(cell)}, wanted {', '.join(OPEN_WORDS)}")
+        raise InputError(f"{where}: {OPEN} is {shown(cell)}, wanted {', '.join(OPEN_WORDS)}")
     return OPEN_WORDS[cell.lower()]
 
 
@@ -307,15 +296,7 @@ def _threshold(cell: str, where: str) -> float:
         is_comma = "," in cell and NUMBER.fullmatch(cell.replace(",", "."))
         advice = "; write a point, not a comma" if is_comma else ""
         raise InputError(
-            f"{where}: {THRESHOLD} is {_shown(cell)}, wanted a score from -1 to 1, such as 0.71, or nothing"
+            f"{where}: {THRESHOLD} is {shown(cell)}, wanted a score from -1 to 1, such as 0.71, or nothing"
             f"{advice}"
         )
     return float(cell)
-
-
-def _shows(text: str) -> bool:
-    return any(letter.isprintable() and not letter.isspace() for letter in text)
-
-
-def _shown(cell: str) -> str:
-    return repr(cell if len(cell) <= LETTERS else f"{cell[:LETTERS]}…")

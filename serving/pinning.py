@@ -19,14 +19,15 @@ import numpy as np
 from pipeline.errors import InputError, PipelineError
 from serving.errors import ServingError
 from serving.finding import Finder
-from serving.index_backends import IndexBackend, RowsIndex, ServedIndex, VersionGoneError
+from serving.index_backends import IndexBackend, RowsIndex, ServedIndex
 from serving.lexical import Lexical
-from serving.published import Catalogue, PublishedVersion, newest_version
+from serving.published import ASSETS, Catalogue, PublishedVersion, newest_version
 
 if TYPE_CHECKING:
     from serving.encoding import Encoding
     from serving.feedback import Split
     from serving.fresh import FreshDocuments
+    from serving.items import Items
     from serving.titles import Titles
 
 log = logging.getLogger("serving")
@@ -49,9 +50,11 @@ class EncoderMismatchError(ServingError):
 
 @dataclass(eq=False)
 class Pinned:
-    """One version as requests see it; none of it changes while it is used, but for the fresh documents.
+    """One version as requests see it; none of it changes while it is used, but for fresh documents and items.
 
     Attributes:
+        items: canned answers with the vectors of this version's encoder; None: none are configured.
+        items_state: of the file that they were read from, as its reader knows it.
         n_using: requests under way.
         is_retired: another version has taken its place.
     """
@@ -64,8 +67,19 @@ class Pinned:
     backend: IndexBackend
     finder: Finder
     fresh: "FreshDocuments | None" = None
+    items: "Items | None" = None
+    items_state: tuple[int, int] | None = None
     n_using: int = 0
     is_retired: bool = False
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Why a version could not be loaded, at which of the loop's seconds, and of which state of its files."""
+
+    at: float
+    why: str
+    written: list[int]
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class Means:
     Attributes:
         served: the index server; None: each version's own rows are searched in this process.
         open_encoding: makes the encoding for a version: by its checked encoder, or by a server.
-        encoder_is_shared: a server's: asked anew who it is for each version.
+        has_one_encoder: a server's, which is the same whatever version asks.
         device: where rows are searched, "cpu" or "cuda"; a call, as finding out loads PyTorch.
         open_fresh: makes the side index for the first version; None: none is kept.
         threads: where searching by words and titles runs.
@@ -84,6 +98,7 @@ class Means:
     model_base_path: Path
     open_encoding: "Callable[[PublishedVersion], Awaitable[Encoding]]"
     served: ServedIndex | None = None
+    has_one_encoder: bool = False
     device: Callable[[], str] = lambda: "cpu"
     has_lexical: bool = True
     open_fresh: "Callable[[int, str], FreshDocuments] | None" = None
@@ -114,8 +129,13 @@ class Pins:
         self.split: Split | None = None
         self.n_reloads = 0
         self._fresh: FreshDocuments | None = None
-        self._refused: dict[int, tuple[float, str]] = {}
+        self._refused: dict[int, _Refused] = {}
+        self._has_said_absent = False
+        self._let_go_for: list[Pinned] = []
+        self._has_compared_left = False
+        self._said_stale: str | None = None
         self._lock = asyncio.Lock()
+        self._look: asyncio.Task | None = None
         self._closing: set[asyncio.Task] = set()
 
     def ready(self) -> Pinned:
@@ -147,11 +167,9 @@ class Pins:
         while self.live is None:
             try:
                 await self.look()
-            except (EncoderMismatchError, VersionGoneError) as error:
-                if isinstance(error, EncoderMismatchError):
-                    raise
-                self.waiting = str(error)
-            except ServingError as error:  # nobody is there yet
+            except EncoderMismatchError:
+                raise
+            except ServingError as error:  # nobody is there yet, or not by this name
                 if str(error) != self.waiting:
                     log.warning("waiting: %s", error)
                 self.waiting = str(error)
@@ -164,7 +182,6 @@ class Pins:
             await asyncio.sleep(poll_seconds)
             try:
                 await self.look()
-                self.problem = self._refusal()
             except PipelineError as error:
                 if str(error) != self.problem:
                     log.warning("%s", error)
@@ -176,48 +193,66 @@ class Pins:
         """Serve the newest version that answers, if it is not served already.
 
         Raises:
-            PipelineError: the index cannot be asked, or the version cannot be loaded; the old one stays.
+            PipelineError: the index cannot be asked, or the first version cannot be loaded; where a later one
+                cannot, the old one stays, and `problem` says why.
         """
         async with self._lock:
             available = await self._available()
             self._refused = {each: why for each, why in self._refused.items() if each in available}
             newest = next((each for each in available if each != self._compare), None)
-            if self._compare is not None and self.compared is None and self._compare in available:
-                self.compared = await self._load(self._compare)
             if newest is None:
                 raise ServingError(self._none_serves(available), 503)
+            if self.compared is not None and self.compared.version not in available:
+                self._drop_compared()
             if self.live is None or self.live.version != newest:
                 await self._swap(newest)
+            if self.compared is None and self._compare in available:
+                await self._load_compared(self._compare)
+            elif self.compared is None and self._compare is not None and not self._has_said_absent:
+                log.warning("%s", self._refusal())
+                self._has_said_absent = True
+            await self.encode_stale()
+            if self.served != self._let_go_for:
+                await self._let_go_of_published()
+                self._let_go_for = self.served
+            self.problem = self._refusal()
 
     async def after(self, gone: int) -> None:
-        """Return once another version than `gone` is live, where the index server has one.
+        """Return once no user is served by version `gone`, where the index server has another.
 
         Raises:
             ServingError: there is none, or it is not loaded in time.
         """
+        if self.compared is not None and self.compared.version == gone:
+            self._drop_compared()
         if self.live is not None and self.live.version != gone:
             return
-        if self.compared is not None and self.compared.version == gone:
-            retired, self.compared = self.compared, None
-            self._retire(retired)
-            log.warning(
-                "version %d of the comparison is no longer served: every user gets the live one", gone
-            )
-            return
+        if self._look is None or self._look.done():  # one for all who wait
+            self._look = asyncio.get_running_loop().create_task(self.look())
+            self._look.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if alone
         try:
-            await asyncio.wait_for(asyncio.shield(self._looking()), RELOAD_SECONDS)
+            await asyncio.wait_for(asyncio.shield(self._look), RELOAD_SECONDS)
         except TimeoutError:
             raise ServingError(
                 f"version {gone} is no longer served and the next one is still being loaded: ask again", 503
             ) from None
         if self.live is None or self.live.version == gone:
-            raise ServingError(f"the index server no longer has version {gone}, and no other", 503)
+            why = self._refusal() or "nor another"
+            raise ServingError(f"the index server no longer has version {gone}: {why}", 503)
+
+    @property
+    def served(self) -> list[Pinned]:
+        """The versions that answer, the live one first."""
+        return [pinned for pinned in (self.live, self.compared) if pinned is not None]
 
     async def close(self) -> None:
-        pins = [pinned for pinned in (self.live, self.compared) if pinned is not None]
-        for backend in {pinned.backend for pinned in pins} - {self._means.served}:
+        if self._look is not None:
+            self._look.cancel()
+            await asyncio.gather(self._look, return_exceptions=True)
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        for backend in {pinned.backend for pinned in self.served} - {self._means.served}:
             await backend.close()
-        for encoding in {id(pinned.encoding): pinned.encoding for pinned in pins}.values():
+        for encoding in {id(pinned.encoding): pinned.encoding for pinned in self.served}.values():
             await encoding.close()
         if self._fresh is not None:
             self._fresh.close()
@@ -225,13 +260,6 @@ class Pins:
             await self._means.served.close()
 
     # --- Loading --------------------------------------------------------------------------------------
-
-    def _looking(self) -> asyncio.Task:
-        task = asyncio.get_running_loop().create_task(self.look())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if nobody waits
-        return task
 
     async def _available(self) -> list[int]:
         if self._means.served is not None:
@@ -249,46 +277,98 @@ class Pins:
 
     async def _swap(self, version: int) -> None:
         """Load a version and let it answer; a version that was refused lately is left alone."""
-        now = asyncio.get_running_loop().time()
-        refused_at, _ = self._refused.get(version, (-REFUSED_SECONDS, ""))
-        if self.live is not None and now - refused_at < REFUSED_SECONDS:
+        if self._is_refused(version):
             return
         try:
             pinned = await self._load(version)
         except PipelineError as error:
-            self._refused[version] = (now, str(error))
-            if self.live is not None:
-                log.warning("version %d is not served, %d stays: %s", version, self.live.version, error)
-            raise
-        self._refused.clear()
+            if self.live is None:
+                raise
+            self._refuse(version, error)
+            log.warning("version %d is not served, %d stays: %s", version, self.live.version, error)
+            return
+        self._refused = {each: why for each, why in self._refused.items() if each == self._compare}
         old, self.live = self.live, pinned  # the one moment
-        self.waiting = self.problem = None
+        self.waiting = None
         self.n_reloads += old is not None
         log.info("version %d answers, %d rows", version, pinned.catalogue.n_rows)
         if old is not None:
             self._retire(old)
-        await self.encode_stale()  # what came through the old version's encoder meanwhile
-        await self._let_go_of_published()
+
+    async def _load_compared(self, version: int) -> None:
+        """Load the other version of a comparison, if it was not refused lately: a fault of it is logged."""
+        if self._is_refused(version):
+            return
+        try:
+            self.compared = await self._load(version)
+        except PipelineError as error:
+            self._refuse(version, error)
+            log.warning("version %d is not compared, every user gets the live one: %s", version, error)
+            return
+        self._refused.pop(version, None)
+        log.info("version %d is compared", version)
 
     async def encode_stale(self) -> None:
-        """Have every version's encoder find what was added through another one's."""
-        for pinned in (self.live, self.compared):
-            if pinned is not None and pinned.fresh is not None:
-                await _encode_stale(pinned.fresh, pinned.encoding)
+        """Have every version's encoder find what was added through another one's.
+
+        A fault is logged, and mended by the next look: what was added is on the disk whatever happens here.
+        """
+        try:
+            for pinned in self.served:
+                if pinned.fresh is not None:
+                    await _encode_stale(pinned.fresh, pinned.encoding)
+        except PipelineError as error:
+            if str(error) != self._said_stale:
+                log.warning("fresh documents wait for an encoder: %s", error)
+            self._said_stale = str(error)
+        else:
+            self._said_stale = None
 
     async def _let_go_of_published(self) -> None:
         """Fresh documents that every served version holds by now need no side index."""
-        served = [pinned for pinned in (self.live, self.compared) if pinned is not None]
-        is_whole = self._compare is None or self.compared is not None
+        # A compared version that is still to come may lack some of them.
+        is_whole = self._compare is None or self.compared is not None or self._has_compared_left
         if self._fresh is not None and is_whole:
-            await asyncio.to_thread(self._fresh.published, *[_texts_of(each.catalogue) for each in served])
+            texts_of = [_texts_of(each.catalogue) for each in self.served]
+            await asyncio.to_thread(self._fresh.published, *texts_of)
+
+    def _refuse(self, version: int, error: PipelineError) -> None:
+        now = asyncio.get_running_loop().time()
+        self._refused[version] = _Refused(now, str(error), self._written(version))
+
+    def _is_refused(self, version: int) -> bool:
+        """Whether a version was refused lately, and nobody has published it anew since."""
+        refused = self._refused.get(version)
+        if refused is None or refused.written != self._written(version):
+            return False
+        return asyncio.get_running_loop().time() - refused.at < REFUSED_SECONDS
+
+    def _written(self, version: int) -> list[int]:
+        """When the files beside a version's index were written last."""
+        assets = self._means.model_base_path / str(version) / ASSETS
+        try:
+            return [assets.stat().st_mtime_ns, *sorted(each.stat().st_mtime_ns for each in assets.iterdir())]
+        except OSError:
+            return []
 
     def _refusal(self) -> str | None:
-        said = [f"version {version} is not served: {why}" for version, (_, why) in self._refused.items()]
-        return said[-1] if said else None
+        said = [f"version {version} is not served: {each.why}" for version, each in self._refused.items()]
+        if self._compare is not None and self.compared is None:
+            said.append(f"--compare names version {self._compare}, which is not served: all get the live one")
+        return said[0] if said else None
 
     async def _load(self, version: int) -> Pinned:
         """All of a version, made off the event loop while the old one answers; raises PipelineError."""
+        try:
+            return await self._loaded(version)
+        except PipelineError:
+            raise
+        except Exception as error:  # whatever its files hold, the version before it goes on
+            log.debug("version %d cannot be loaded", version, exc_info=True)
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise InputError(f"version {version} cannot be loaded ({said}): publish it again") from None
+
+    async def _loaded(self, version: int) -> Pinned:
         means = self._means
         published = await asyncio.to_thread(PublishedVersion, means.model_base_path, version)
         catalogue = await asyncio.to_thread(Catalogue.open, published)
@@ -301,6 +381,7 @@ class Pins:
             finder = Finder(version, catalogue, encoding, backend, lexical, fresh, means.threads)
             pinned = Pinned(version, published, catalogue, encoding, titles, backend, finder, fresh)
             await asyncio.to_thread(importlib.import_module, "scipy.stats")  # fusion's: not at a first search
+            await _try(pinned)
             if self._on_swap is not None:
                 await self._on_swap(pinned)
             return pinned
@@ -317,9 +398,17 @@ class Pins:
             EncoderMismatchError: what is there is another one.
         """
         wanted = published.encoder_sha256
-        for pinned in (self.live, self.compared):
-            if pinned is not None and pinned.encoding.encoder_sha256 == wanted:
+        for pinned in self.served:
+            if pinned.encoding.encoder_sha256 == wanted:
                 return pinned.encoding
+        if self._means.has_one_encoder and self.live is not None and published.version == self._compare:
+            live = self.live.published
+            if live.encoder_sha256 != wanted:
+                raise EncoderMismatchError(
+                    f"--compare: version {published.version} was made with encoder {wanted[:12]} and version "
+                    f"{live.version} with {live.encoder_sha256[:12]}, but --encoder_url is one encoder: "
+                    "leave it out, or compare versions of one encoder"
+                )
         encoding = await self._means.open_encoding(published)
         try:
             if encoding.encoder_sha256 is None:
@@ -348,6 +437,16 @@ class Pins:
 
     # --- Letting go -----------------------------------------------------------------------------------
 
+    def _drop_compared(self) -> None:
+        assert self.compared is not None
+        log.warning(
+            "version %d of the comparison is no longer served: every user gets the live one",
+            self.compared.version,
+        )
+        retired, self.compared = self.compared, None
+        self._has_compared_left = True
+        self._retire(retired)
+
     def _retire(self, pinned: Pinned) -> None:
         pinned.is_retired = True
         self._close_if_done(pinned)
@@ -359,13 +458,14 @@ class Pins:
             task.add_done_callback(self._closing.discard)
 
     async def _close(self, pinned: Pinned) -> None:
-        if pinned.backend is not self._means.served:
-            await pinned.backend.close()
-        await self._close_encoding(pinned.encoding)
+        async with self._lock:  # a version that is being loaded may have taken the encoder over
+            if pinned.backend is not self._means.served:
+                await pinned.backend.close()
+            await self._close_encoding(pinned.encoding)
 
     async def _close_encoding(self, encoding: "Encoding") -> None:
         """Unless another version answers by it."""
-        if all(each is None or each.encoding is not encoding for each in (self.live, self.compared)):
+        if all(each.encoding is not encoding for each in self.served):
             await encoding.close()
 
 
@@ -405,6 +505,25 @@ async def prove(
                 f"{published.version} by its own text (score {found[0] if found else 0:.3f}, wanted "
                 f"{PROVED_SCORE} or more): start it with encoder {published.encoder_sha256[:12]}"
             )
+
+
+async def _try(pinned: Pinned) -> None:
+    """Search for one of a version's documents, before anybody else does.
+
+    Raises:
+        PipelineError: it does not find any.
+    """
+    [document] = pinned.catalogue.documents([0]) if pinned.catalogue.n_rows else [None]
+    if document is None:
+        return
+    vectors = await pinned.encoding.queries([document["text"] or "a"])
+    scores, [[name]] = await pinned.backend.search(vectors, 1, version=pinned.version)
+    if not np.isfinite(scores).all() or pinned.catalogue.row_of(name) is None:
+        raise InputError(
+            f"version {pinned.version} does not answer: for the text of {document['document_id']!r} it finds "
+            f"{name!r} at score {scores[0, 0]:g}, wanted one of its documents: publish it again, or give the "
+            "folder that the index server watches as --model_base_path"
+        )
 
 
 async def _encode_stale(fresh: "FreshDocuments", encoding: "Encoding") -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ from pipeline.errors import ArtifactError
 ASSETS = "assets.extra"
 PASSAGE = "passage"  # number of a row in its document, where documents have several
 COLUMNS = ("document_id", "title", "text", "threshold", PASSAGE)
+COLUMN_KINDS = {
+    "document_id": "text", "text": "text", "title": "text", "language": "text", "threshold": "numbers"
+}  # fmt: skip
+LENGTH_TOLERANCE = 0.01  # of a unit row: far more than rounding to 16 bits takes
 ROWS, RELATED = "rows.npy", "related.parquet"
 BATCH_ROWS = 65_536  # of the Arrow file: what is read of the Parquet file at once
 MAX_LANGUAGES = 1000  # a column of more values is no language
@@ -119,10 +123,14 @@ class PublishedVersion:
 def newest_version(model_base_path: Path) -> int:
     """The largest number among the version folders; raises ArtifactError where there is none."""
     folders = model_base_path.iterdir() if model_base_path.is_dir() else ()
-    versions = [int(path.name) for path in folders if path.name.isdecimal() and path.is_dir()]
+    versions = [int(path.name) for path in folders if _is_version(path.name) and path.is_dir()]
     if not versions:
         raise ArtifactError(f"{model_base_path} holds no version: publish one first")
     return max(versions)
+
+
+def _is_version(name: str) -> bool:
+    return name.isdecimal() and str(int(name)) == name  # as the index server reads it: 07 and ٧ are none
 
 
 class Catalogue:
@@ -134,7 +142,7 @@ class Catalogue:
     Attributes:
         n_rows: rows; more than documents where documents were encoded in passages.
         columns: the names of what a document has.
-        rows: float32 (n_rows, dim), mapped; None where the version has no assets.extra/rows.npy.
+        rows: float32 (n_rows, dim), in memory; None where the version has no assets.extra/rows.npy.
         languages: what the column `language` holds, most frequent first; [] without one.
     """
 
@@ -154,8 +162,12 @@ class Catalogue:
     def open(cls, version: PublishedVersion) -> "Catalogue":
         """Raises ArtifactError: documents.parquet or rows.npy is missing, broken or of another index."""
         with version.table() as table:
-            batches = _mapped(table)
+            path = version.folder / ASSETS / "documents.parquet"
+            _check_columns(table.schema_arrow, path)
+            batches = _mapped(table, path)
         n_rows = sum(batch.num_rows for batch in batches)
+        if any(batch.column("document_id").null_count for batch in batches):
+            raise ArtifactError(f"{path}: a document_id is missing; publish the version again")
         rows = _open_rows(version, n_rows) if version.asset(ROWS) else None
         return cls(batches, rows, version.asset(RELATED))
 
@@ -203,6 +215,13 @@ class Catalogue:
         found = [row for each in dict.fromkeys(document_ids) for row in self.rows_of(each)]
         return np.array(sorted(found), np.int64)
 
+    def among(self, document_ids: Collection[str]) -> list[str]:
+        """Those of many ids that the version holds; by their hashes alone, so rarely one more."""
+        names = list(document_ids)
+        wanted = np.fromiter((hash(name) for name in names), np.int64, len(names))
+        low, high = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
+        return [names[at] for at in np.flatnonzero(low < high).tolist()]
+
     def rows_in_language(self, language: str) -> np.ndarray:
         """Rows of one of `languages`, ascending, int64."""
         code = self.languages.index(language)
@@ -213,13 +232,11 @@ class Catalogue:
         return pa.chunked_array([_titles(batch) for batch in self._batches], pa.large_string())
 
     def texts(self) -> Iterator[str]:
-        """Each row's title and text, for a search by words; a title that begins the text comes once."""
+        """Each row's title and text, for a search by words."""
         for batch in self._batches:
             texts = batch.column("text").to_pylist()
             titles = batch.column("title").to_pylist() if "title" in self.columns else [None] * len(texts)
-            for title, text in zip(titles, texts, strict=True):
-                text = text or ""
-                yield text if not title or text.startswith(title) else f"{title}\n{text}"
+            yield from map(searched_text, titles, texts)
 
     def co_read(self, row: int) -> list[dict[str, Any]]:
         """What its readers read in the same session: row, n_readers, n_sessions; most readers first."""
@@ -284,6 +301,17 @@ class _CoRead:
         ]
 
 
+def title_of(document: Mapping[str, Any]) -> str:
+    """A document's title, or its text's first line."""
+    return str(document.get("title") or str(document.get("text") or "").strip().partition("\n")[0])
+
+
+def searched_text(title: str | None, text: str | None) -> str:
+    """What is searched by words: title and text; a title that begins the text comes once."""
+    text = text or ""
+    return text if not title or text.startswith(title) else f"{title}\n{text}"
+
+
 def _rows_by_id(column: pa.Array, catalogue: Catalogue) -> np.ndarray:
     """int32 (n,): each id's first row, -1 where the version lacks it; an id comes many times."""
     encoded = column.dictionary_encode()
@@ -308,32 +336,69 @@ def _titles(batch: pa.RecordBatch) -> pa.Array:
     return pc.if_else(pc.equal(pc.utf8_trim_whitespace(titles), ""), lines, titles)
 
 
-def _mapped(table: pq.ParquetFile) -> list[pa.RecordBatch]:
+def _mapped(table: pq.ParquetFile, path: Path) -> list[pa.RecordBatch]:
     """The table's rows in batches that are mapped from a file, which has no name once it is open."""
-    descriptor, name = tempfile.mkstemp(suffix=".arrow")
-    os.close(descriptor)
+    name = None
     try:
+        descriptor, name = tempfile.mkstemp(suffix=".arrow")
+        os.close(descriptor)
         with pa.OSFile(name, "wb") as sink, pa.ipc.new_file(sink, table.schema_arrow) as writer:
-            for batch in table.iter_batches(BATCH_ROWS):
+            for batch in _batches(table, path):
                 writer.write_batch(batch)
         reader = pa.ipc.open_file(pa.memory_map(name))
         return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: its copy cannot be written to the temporary folder: {error}; make room there, or name "
+            "another folder as TMPDIR"
+        ) from None
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
+        if name is not None:
+            with contextlib.suppress(FileNotFoundError):
+                Path(name).unlink()
+
+
+def _batches(table: pq.ParquetFile, path: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from table.iter_batches(BATCH_ROWS)
+    except (OSError, pa.ArrowInvalid) as error:
+        said = " ".join(str(error).split())
+        raise ArtifactError(f"{path}: {said}; publish the version again") from None
+
+
+def _check_columns(schema: pa.Schema, path: Path) -> None:
+    for name, wanted in COLUMN_KINDS.items():
+        if name not in schema.names:
+            if name in ("document_id", "text"):
+                raise ArtifactError(f"{path} has no column {name}; publish the version again")
+            continue
+        kind = schema.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        is_right = is_number if wanted == "numbers" else is_text
+        if not is_right and not pa.types.is_null(kind):  # null: every value is missing
+            raise ArtifactError(f"{path}: {name} is {kind}, wanted {wanted}; publish the version again")
 
 
 def _open_rows(version: PublishedVersion, n_rows: int) -> np.ndarray:
+    """The rows, in memory: whoever overwrites a mapped file ends the processes that read it."""
     path = version.folder / ASSETS / ROWS
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; publish the version again") from None
     wanted = (n_rows, version.manifest.get("dim"))
     if rows.shape != wanted or rows.dtype != np.float32:
         raise ArtifactError(
             f"{path} is {rows.dtype} {rows.shape}, wanted float32 {wanted}: it is of another index; publish "
             "the version again"
+        )
+    lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    wrong = np.flatnonzero(~(np.abs(lengths - 1) < LENGTH_TOLERANCE))  # NaN is not below it either
+    if len(wrong):
+        raise ArtifactError(
+            f"{path}: row {wrong[0]} has length {lengths[wrong[0]]:.4g}, wanted 1; publish the version again"
         )
     return rows
 

@@ -105,12 +105,13 @@ class IndexServer:
     Attributes:
         versions: {version: the index that it answers with}; a test changes it as a reload would.
         asked: (signature_name, inputs) of every search.
-        hold: searches wait for it.
+        hold: searches wait for it, those of other versions than `held` apart.
     """
 
     def __init__(self) -> None:
         self.versions: dict[int, RowsIndex] = {}
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.held: int | None = None  # every version
         self.hold = asyncio.Event()
         self.hold.set()
 
@@ -125,8 +126,10 @@ class IndexServer:
         body = await request.json()
         inputs = body["inputs"]
         self.asked.append((body["signature_name"], inputs))
-        await self.hold.wait()
-        index = self.versions.get(int(request.match_info["version"]))
+        version = int(request.match_info["version"])
+        if self.held in (None, version):
+            await self.hold.wait()
+        index = self.versions.get(version)
         if index is None:
             said = f"Servable not found for request: Specific(index, {request.match_info['version']})"
             return web.json_response({"error": said}, status=404)
@@ -184,10 +187,16 @@ class Caller:
         return await self.call("POST", path, json.dumps(body).encode())
 
     async def call(
-        self, method: str, path: str, body: bytes = b"", content_type: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        content_type: str = "application/json",
+        host: str = "127.0.0.1:8000",
     ) -> Answer:
         plain, _, query = path.partition("?")
         headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+        headers.append((b"host", host.encode()))
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method,
             "scheme": "http", "path": plain, "raw_path": plain.encode(), "query_string": query.encode(),
@@ -197,7 +206,9 @@ class Caller:
         sent: list[dict[str, Any]] = []
 
         async def receive() -> dict[str, Any]:
-            return given.pop(0) if given else {"type": "http.disconnect"}
+            if not given:
+                await asyncio.Event().wait()  # the client stays until it is answered
+            return given.pop(0)
 
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)

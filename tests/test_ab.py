@@ -127,6 +127,18 @@ def test_users_who_saw_both_versions_belong_to_neither(tmp_path):
     assert left_out["users who were served by both versions"] == 1
 
 
+def test_a_search_that_another_version_answered_than_the_drawn_one_is_left_out(tmp_path):
+    found, left_out = judged(
+        tmp_path,
+        search("u", 0, drawn=OTHER),  # while the compared version was not there
+        search("u", 60, version=OTHER, drawn=OTHER),
+        opened("u", 70, "a", version=OTHER),
+        search("v", 0, drawn=LIVE),
+    )
+    assert found == [("u", 0.25, 1.0, 0.0), ("v", 0.0, 0.0, 1.0)]
+    assert left_out == {"searches that were served by another version than drawn": 1}
+
+
 # --- Intervals -------------------------------------------------------------------------------------------
 
 
@@ -237,12 +249,13 @@ def test_each_comparison_of_a_log_is_by_itself(tmp_path):
 def test_the_gateways_own_log_is_what_is_read(tmp_path, capsys):
     feedback = Feedback.open(tmp_path, user_key=b"k" * 32)
     feedback.searched("before", "q", ["a"], LIVE)
-    feedback.split = Split.parse(f"{OTHER}:0.5", LIVE, b"k" * 32)
+    feedback.split = Split(LIVE, OTHER, 0.5, b"k" * 32)
     served = {f"user {n}": feedback.split.version_for(f"user {n}") for n in range(100)}
     for user, version in served.items():
         feedback.searched(user, "한글 q", ["a", "b"], version)
         if version == OTHER:
             feedback.opened(user, "b", "한글 q", 2, version)
+    feedback.close()
     assert main(["evaluate", "--ab", str(tmp_path), "--json", str(tmp_path / "out" / "ab.json")]) == 0
     figures = json.loads((tmp_path / "out" / "ab.json").read_text())
     (found,) = figures["comparisons"]
@@ -252,6 +265,23 @@ def test_the_gateways_own_log_is_what_is_read(tmp_path, capsys):
     assert found["verdict"]["better"] == OTHER
     assert figures["left_out"] == {"searches without a comparison": 1}
     assert "not counted: 1 searches without a comparison" in capsys.readouterr().err
+
+
+def test_a_log_with_a_torn_line_is_looked_at_line_by_line_in_one_frame(tmp_path, monkeypatch):
+    half = json.dumps(search("u", 0) | {"query": "\ud83d"})
+    file = write_jsonl(tmp_path / "log.jsonl", [search("u", at) for at in range(300)])
+    with file.open("a") as log:
+        log.write('{"kind": "sear\n' + half + "\n")
+    frames, made = [], pl.DataFrame
+
+    def counted(*given, **named):
+        frames.append(given)
+        return made(*given, **named)
+
+    monkeypatch.setattr(ab.pl, "DataFrame", counted)
+    rows, left_out = ab.read([file])
+    assert (len(rows), left_out) == (300, {"unusable lines": 2})
+    assert len(frames) == 1
 
 
 def test_a_torn_line_is_counted_and_a_file_of_something_else_refused(tmp_path):
@@ -271,6 +301,8 @@ def test_a_torn_line_is_counted_and_a_file_of_something_else_refused(tmp_path):
     [
         '"text"', "[1]", "{", '{"kind": "search"}',
         json.dumps(search("u", 0) | {"version": "new"}),
+        json.dumps(search("u", 0) | {"version": 10**30}),
+        json.dumps(search("u", 0) | {"share": 10**400}),
         json.dumps(search("u", 0) | {"timestamp": "yesterday"}),
         json.dumps(search("u", 0) | {"document_ids": "a"}),
         json.dumps(search("u", 0) | {"kind": "seen"}),
@@ -326,6 +358,7 @@ def test_the_columns_are_those_that_feedback_writes(tmp_path):
     feedback = Feedback.open(tmp_path, user_key=b"k" * 32)
     feedback.searched("u", "q", ["a"], LIVE)
     feedback.opened("u", "a", "q", 1, LIVE)
+    feedback.close()
     written = {
         name for file in tmp_path.glob("searches-*") for row in file.open() for name in json.loads(row)
     }

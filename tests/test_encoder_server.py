@@ -22,10 +22,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from test_encoding import DIM, SECONDS, WordComputing, until, vector_of
 
+from pipeline.errors import ArtifactError
 from serving import encoder_server
 from serving.encoder_server import bind, make_app, model_folder, parser
-from serving.encoding import LocalEncoding, OtherEncoderError, RemoteEncoding
+from serving.encoding import LocalEncoding, OtherEncoderError
 from serving.errors import ServingError
+from serving.remote_encoding import RemoteEncoding
 
 ROOT = Path(__file__).parents[1]
 SHA256 = "ab" * 32
@@ -77,6 +79,7 @@ def test_embed_takes_a_single_text_and_tokens(client):
         ({"inputs": "1 2 3 4 5", "truncate": False}, 413, "validation", "more than the 4 tokens"),
         ({"inputs": "a" * 1000}, 413, "validation", "more than 1000 bytes"),
         ({"inputs": "a", "prompt_name": "title"}, 422, "validation", "prompt_name is 'title'"),
+        ({"inputs": [True]}, 422, "validation", "`inputs` is of another kind"),  # no token 1
         ({"inputs": 7}, 422, "validation", "`inputs` is of another kind: wanted a text"),
         ({}, 422, "validation", "`inputs` is missing: wanted a text"),
         ({"inputs": "a", "normalize": False}, 422, "validation", "`normalize` is not true"),
@@ -101,6 +104,12 @@ def test_a_body_that_is_no_json_is_refused(client):
     answer = client.post("/embed", content=b'{"inputs": ')
     assert (answer.status_code, answer.json()["error_type"]) == (422, "validation")
     assert "JSON" in answer.json()["error"]
+
+
+def test_what_is_not_answered_here_is_told_in_the_shape_of_other_errors(client):
+    for answer, status in ((client.get("/nowhere"), 404), (client.get("/embed"), 405)):
+        assert (answer.status_code, answer.json()["error_type"]) == (status, "validation")
+        assert answer.json()["error"].endswith("is not answered here; see /docs")
 
 
 def test_a_text_that_is_too_long_is_cut_unless_told_otherwise(client):
@@ -159,10 +168,17 @@ def test_info_tells_what_a_client_has_to_know(client):
 
 
 def test_the_open_api_page_shows_the_bodies(client):
-    paths = client.get("/openapi.json").json()["paths"]
-    schema = paths["/embed"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {"inputs", "truncate", "prompt_name"} <= set(schema["properties"])
-    assert client.get("/docs").status_code == 200
+    document = client.get("/openapi.json").json()
+    schema = document["paths"]["/embed"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema == {"$ref": "#/components/schemas/EmbedRequest"}
+    fields = document["components"]["schemas"]["EmbedRequest"]["properties"]
+    assert {"inputs", "truncate", "prompt_name"} <= set(fields)
+
+
+def test_the_docs_page_loads_nothing_from_elsewhere(client):
+    docs = client.get("/docs")
+    assert (docs.status_code, "/v1/embeddings" in docs.text, "<script" in docs.text) == (200, True, False)
+    assert "default-src 'none'" in docs.headers["content-security-policy"]
 
 
 def test_metrics_have_text_embeddings_inference_s_names(client):
@@ -268,6 +284,25 @@ def test_nothing_is_encoded_for_a_client_that_has_left():
     run_served(work)
 
 
+def test_a_client_that_leaves_in_its_body_s_midst_is_no_fault(caplog):
+    async def work(url: str, computing: WordComputing, encoding: LocalEncoding) -> None:
+        import aiohttp
+
+        _, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        writer.write(b'POST /embed HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{"inputs')
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.close()
+        async with aiohttp.ClientSession() as session:
+            counted = ""
+            while 'te_request_failure{err="dropped"} 1.0' not in counted:
+                async with session.get(f"{url}/metrics") as answer:
+                    counted = await answer.text()
+
+    run_served(work)
+    assert caplog.records == []
+
+
 def test_a_full_queue_is_told_with_429():
     async def work(url: str, computing: WordComputing, encoding: LocalEncoding) -> None:
         import aiohttp
@@ -334,13 +369,12 @@ def test_the_flags_have_defaults_and_are_checked(capsys):
 
 def test_without_a_version_it_says_so(tmp_path):
     flags = parser().parse_args(["--model_base_path", str(tmp_path)])
-    with pytest.raises(ServingError, match=r"where no version is, .* --model$"):
+    with pytest.raises(ArtifactError, match=f"{tmp_path} holds no version: publish one first"):
         model_folder(flags)
 
 
 def test_the_newest_version_s_encoder_is_taken_as_it_was_published(tmp_path):
     from pipeline.artifacts import encoder_sha256, file_hashes
-    from pipeline.errors import ArtifactError
 
     made = tmp_path / "made"
     made.mkdir()

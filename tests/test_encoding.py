@@ -18,7 +18,6 @@ from serving.encoding import (
     FullError,
     LocalEncoding,
     OtherEncoderError,
-    RemoteEncoding,
     Row,
     Rows,
     TooLongError,
@@ -27,6 +26,7 @@ from serving.encoding import (
     WrongRequestError,
     chosen_precision,
 )
+from serving.remote_encoding import RemoteEncoding
 
 DIM = 64
 MAX_WORDS = 4
@@ -437,14 +437,14 @@ def run_remote(stub: Stub, work: Callable[[str], Awaitable[Any]]) -> None:
 
 
 def tei(known: Sequence[str], **info: Any) -> Callable[[str, Any], tuple[int, Any, dict[str, str]]]:
-    """Text Embeddings Inference with these prompt names: the vector of a text is (its length, 1)."""
+    """Text Embeddings Inference with these prompt names: a text's vector points to (its length, 1)."""
 
     def answer(path: str, body: Any) -> tuple[int, Any, dict[str, str]]:
         if path == "/info":
             return 200, {"model_type": {"embedding": {"pooling": "mean"}}, **info}, {}
         if body.get("prompt_name", known[0] if known else None) not in (*known, None):
             return 422, {"error": "no such prompt", "error_type": "validation"}, {}
-        return 200, [[len(text), 1] for text in body["inputs"]], {}
+        return 200, [[n / (n * n + 1) ** 0.5, 1 / (n * n + 1) ** 0.5] for n in map(len, body["inputs"])], {}
 
     return answer
 
@@ -456,7 +456,7 @@ def test_of_an_unknown_server_the_prompts_are_tried_and_the_width_is_seen():
         encoding = await RemoteEncoding.open(url)
         assert (encoding.encoder_sha256, encoding.dim, encoding.tokens("a")) == (None, 2, None)
         stub.asked.clear()
-        # (3, 1) and (7, 1), scaled to length 1
+        # (3, 1) and (7, 1) at length 1
         vectors = await encoding.documents(["abc", "abcdefg"])
         np.testing.assert_allclose(
             vectors, [[3 / 10**0.5, 1 / 10**0.5], [7 / 50**0.5, 1 / 50**0.5]], rtol=1e-6
@@ -476,6 +476,32 @@ def test_a_server_without_prompts_gets_none():
         stub.asked.clear()
         await encoding.queries(["a"])
         assert stub.asked == [("/embed", {"inputs": ["a"], "truncate": True, "normalize": True})]
+        await encoding.close()
+
+    run_remote(stub, work)
+
+
+@pytest.mark.parametrize(
+    ("known", "api", "sent"),
+    [
+        ([], "embed", ["find abc", "text: abc"]),
+        (["query"], "embed", ["abc", "text: abc"]),  # it puts its own before a query
+        (["query", "document"], "openai", ["find abc", "text: abc"]),  # OpenAI's requests name no prompt
+    ],
+)
+def test_a_prompt_that_the_server_does_not_know_is_sent_before_the_text(known, api, sent):
+    def openai(path: str, body: Any) -> tuple[int, Any, dict[str, str]]:
+        return 200, {"data": [{"index": 0, "embedding": [1, 1]}]}, {}
+
+    stub = Stub(openai if api == "openai" else tei(known))
+
+    async def work(url: str) -> None:
+        prompts = {"query": "find ", "document": "text: "}
+        encoding = await RemoteEncoding.open(url, encoder_api=api, prompts=prompts)
+        stub.asked.clear()
+        await encoding.queries(["abc"])
+        await encoding.documents(["abc"])
+        assert [body.get("inputs", body.get("input")) for _, body in stub.asked] == [[text] for text in sent]
         await encoding.close()
 
     run_remote(stub, work)
@@ -530,8 +556,9 @@ def replies(status: int, content: Any) -> Callable[[str, Any], tuple[int, Any, d
         (200, {"surprise": 1}, EncodingError, "wanted 1 vectors of one width"),
         (200, [[1, 2], [3, 4]], EncodingError, r"shape \(2, 2\), wanted 1 vectors"),
         (200, [[0, 0]], EncodingError, "a vector of length 0"),
+        (200, [[1e30, 1e30]], EncodingError, r"length 1.41421e\+30, wanted 0.5 to 2"),
         (200, [["a", "b"]], EncodingError, "wanted 1 vectors"),
-        (200, [[1, 2, 3]], OtherEncoderError, "have 3 numbers and had 2"),
+        (200, [[1, 0, 0]], OtherEncoderError, "have 3 numbers and had 2"),
     ],
 )
 def test_an_answer_without_the_vectors_is_told_with_the_address(status, content, error, said):
@@ -544,6 +571,24 @@ def test_an_answer_without_the_vectors_is_told_with_the_address(status, content,
             await encoding.queries(["a"])
         assert url.rstrip("/") in str(failed.value)
         assert failed.value.status == (502 if error is EncodingError else error.default_status)
+        await encoding.close()
+
+    run_remote(stub, work)
+
+
+def test_of_an_answer_without_end_only_the_beginning_is_read():
+    # 64 KiB, 1 KiB a text and 32 bytes a number; two million numbers take four million bytes
+    most = 2**16 + 1024 + 2 * 32
+    stub = Stub(tei(["query", "document"]))
+
+    async def work(url: str) -> None:
+        encoding = await RemoteEncoding.open(url)
+        stub.answer = replies(200, [[1] * 2_000_000])
+        with pytest.raises(
+            EncodingError, match=f"/embed: its answer has more than the {most} bytes"
+        ) as failed:
+            await encoding.queries(["a"])
+        assert failed.value.status == 502
         await encoding.close()
 
     run_remote(stub, work)
@@ -678,11 +723,10 @@ def test_vectors_are_the_pipeline_s_whatever_they_were_encoded_with(opened):
 
 
 @pytest.mark.slow
-def test_tokens_are_counted_with_the_prompt_and_uncut(opened):
+def test_tokens_are_those_of_the_text_alone_and_of_what_was_read_with_the_prompt(opened):
     encoding, _ = opened
-    # [CLS], "f", "##i", "##n", "##d", three letters, [SEP]
-    assert encoding.tokens("a b c") == 9
-    assert encoding.tokens("a " * 100) == 106
+    assert encoding.tokens("a b c") == 3  # neither the prompt "find " nor [CLS] and [SEP]
+    assert encoding.tokens("a " * 100) == 100  # uncut
     assert encoding.computing.text_of([2, 5, 3]) == encoding.computing.text_of([5])
 
     async def main() -> None:
@@ -690,12 +734,35 @@ def test_tokens_are_counted_with_the_prompt_and_uncut(opened):
         for texts in (["a " * 100], ["a " * 100, "a"], ["a " * 2000]):  # alone, together, and very long
             rows = await encoding.encoded(texts, "query")
             assert (rows.n_tokens[0], rows.is_cut[0]) == (64, True)
+        # [CLS], "f", "##i", "##n", "##d", three letters, [SEP]
         rows = await encoding.encoded(["a b c", "a"], "query")
         assert (rows.n_tokens.tolist(), rows.is_cut.tolist()) == ([9, 7], [False, False])
         with pytest.raises(WrongRequestError, match="token 99999: the model has tokens 0 to"):
             encoding.computing.text_of([99999])
 
     asyncio.run(main())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt_name", ["query", "title"])  # by the pipeline, and by the library
+def test_of_a_word_of_a_million_letters_only_the_beginning_is_tokenised(opened, monkeypatch, prompt_name):
+    encoding, _ = opened
+    encoder, seen = encoding.computing._encoder, []
+    windows, encode = encoder.windows, encoder.model.encode
+
+    def seen_windows(given, *more):
+        seen.extend(map(len, given[0]))
+        return windows(given, *more)
+
+    def seen_texts(texts, **more):
+        seen.extend(map(len, texts))
+        return encode(texts, **more)
+
+    monkeypatch.setattr(encoder, "windows", seen_windows)
+    monkeypatch.setattr(encoder.model, "encode", seen_texts)
+    rows = asyncio.run(encoding.encoded(["a" * 1_000_000], prompt_name))
+    assert seen == [64 * 100]  # tokens that the model reads, letters of each
+    assert rows.is_cut.tolist() == [True]
 
 
 @pytest.mark.slow

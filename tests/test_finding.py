@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -11,21 +12,23 @@ from pipeline.bm25 import bm25_scores
 from pipeline.errors import InputError
 from serving.finding import MOST, Filter, Finder, _cut, _reciprocal_ranks
 from serving.index_backends import RowsIndex
-from serving.lexical import Lexical
+from serving.lexical import Counted, Lexical, counts_of
 from serving.published import Catalogue
 
 ROOT2, ROOT5 = 2**0.5, 5**0.5
 
 
 class CountingRows(RowsIndex):
-    """The rows, and how many documents each search asked for."""
+    """The rows, and how many documents each search asked for, and without which."""
 
     def __init__(self, *given):
         super().__init__(*given)
         self.asked: list[int] = []
+        self.without: list[tuple[str, ...]] = []
 
     async def search(self, queries, k, **more):
         self.asked.append(k)
+        self.without.append(more.get("excluded"))
         return await super().search(queries, k, **more)
 
 
@@ -148,6 +151,27 @@ def test_few_postings_and_many_are_summed_alike(share, monkeypatch):
     assert [row for row, _ in kept] == [7, 10]
 
 
+def test_a_document_beside_the_index_scores_as_though_it_were_a_row_of_it():
+    texts = ["sea ship", "ship ship sea", "bread oven", "star and more stars of the sky", "한국어 문법", ""]
+    beside = Counted.of([counts_of(text) for text in texts])
+    queries = ["ship", "sea star star", "한국", "nothing"]
+    wanted = bm25_scores(queries, texts)(np.arange(len(queries)))
+    for line, query in zip(wanted, queries, strict=True):
+        np.testing.assert_allclose(Lexical.of(texts).scores_of(query, beside), line, rtol=1e-5)
+
+
+def test_a_word_that_no_row_has_counts_as_one_that_a_single_row_has():
+    index = Lexical.of(["sea ship", "sea bread", "sea oven"])
+    known, unknown = index.scores_of("ship comet", Counted.of([counts_of("a ship"), counts_of("a comet")]))
+    # 1 of 3 rows: ln(1 + 2.5 / 1.5); one of two words, as many as the mean row has: 1 / (1 + 1.5)
+    assert known == unknown == pytest.approx(math.log(1 + 2.5 / 1.5) / 2.5)
+
+
+def test_an_index_of_nothing_scores_documents_beside_it():
+    assert Lexical.of([]).scores_of("ship", Counted.of([counts_of("ship")]))[0] > 0
+    assert len(Lexical.of(["ship"]).scores_of("ship", Counted.of([]))) == 0
+
+
 def test_both_ranks_are_fused_as_the_report_fuses_them():
     # a: first and second; b: second and none; c: none and first. Divided by twice 1 / 61.
     scores = _reciprocal_ranks({"a": 0.9, "b": 0.8}, {"c": 5.0, "a": 4.0})
@@ -206,6 +230,45 @@ def test_fresh_documents_are_merged_by_score_and_removed_ones_hidden(tmp_path, f
     assert (ferry.row, ferry.dense, ferry.dense_rank) == (None, pytest.approx(1.0), 1)
 
 
+def test_a_fresh_document_has_its_rank_by_words_too(tmp_path, fresh):
+    finder = finder_of(tmp_path, fresh=fresh)
+    add(fresh, {"document_id": "ferry", "text": "ship"})
+    first, second, *_ = found(finder, "ship", hybrid=True)
+    assert (first.document_id, first.dense_rank, first.lexical_rank) == ("ferry", 1, 1)
+    assert first.score == pytest.approx(1.0)
+    # "ship" is in 2 of 4 rows, which have 3 words on average: 1 / (1 + 1.5 x (0.25 + 0.75 x 1/3)) of ln 2
+    assert first.lexical == pytest.approx(math.log(2) / 1.75)
+    assert (second.document_id, second.lexical_rank) == ("voyage", 2)
+
+
+def test_a_new_name_is_found_by_words_where_the_vector_misses_it(tmp_path, fresh, monkeypatch):
+    monkeypatch.setattr("serving.finding.WINDOW", 1)
+    finder = finder_of(tmp_path, fresh=fresh)
+    add(
+        fresh,
+        {"document_id": "named", "text": "bread comet"},
+        {"document_id": "high", "text": "comet", "threshold": 0.9},
+        {"document_id": "near", "text": "ship ship ship sea"},
+    )
+    hits = {hit.document_id: hit for hit in found(finder, "ship ship sea comet", k=1, hybrid=True)}
+    assert list(hits) == ["near"]  # sea and ship by words too
+    hits = {hit.document_id: hit for hit in found(finder, "ship comet comet bread", k=1, hybrid=True)}
+    [named] = hits.values()
+    assert (named.document_id, named.row, named.lexical_rank) == ("named", None, 1)
+    assert named.dense == pytest.approx(float(vector_of("ship comet comet bread") @ vector_of("bread comet")))
+
+
+def test_what_words_alone_found_among_the_fresh_keeps_to_thresholds_and_filters(tmp_path, fresh, monkeypatch):
+    monkeypatch.setattr("serving.finding.WINDOW", 1)
+    finder = finder_of(tmp_path, fresh=fresh)
+    add(fresh, {"document_id": "high", "text": "comet bread", "threshold": 0.9})
+    assert "high" not in ids(found(finder, "ship ship comet", hybrid=True))
+    add(fresh, {"document_id": "high", "text": "comet bread", "threshold": 0.1})
+    assert "high" in ids(found(finder, "ship ship comet", hybrid=True))
+    for wanted in (Filter(excluded=("high",)), Filter(minimum_score=0.9)):
+        assert "high" not in ids(found(finder, "ship ship comet", wanted=wanted, hybrid=True))
+
+
 def test_a_fresh_text_takes_the_place_of_the_published_one(tmp_path, fresh):
     finder = finder_of(tmp_path, fresh=fresh)
     add(fresh, {"document_id": "voyage", "text": "bread", "title": "Voyage by bread"})
@@ -219,6 +282,58 @@ def test_when_many_are_hidden_the_index_leaves_them_out_itself(tmp_path, fresh, 
     fresh.remove(["harbour", "voyage"])
     assert ids(found(finder, "ship", k=2)) == ["loaf", "sky"]
     assert finder.backend.asked == [2]
+
+
+def test_only_what_the_version_holds_is_kept_from_the_index_and_sorted_once(tmp_path, fresh, monkeypatch):
+    monkeypatch.setattr("serving.finding.MAX_HIDDEN", 1)
+    finder = finder_of(tmp_path, fresh=fresh)
+    fresh.remove(["voyage", "gone long since", "harbour"])
+    add(fresh, *({"document_id": f"new {n}", "text": "moon"} for n in range(3)))
+    assert ids(found(finder, "bread", k=1)) == ids(found(finder, "oven", k=1)) == ["loaf"]
+    first, second = finder.backend.without
+    assert first == ("harbour", "voyage")
+    assert first is second
+    fresh.remove(["sky"])
+    found(finder, "ship")
+    assert finder.backend.without[-1] == ("harbour", "sky", "voyage")
+
+
+def test_fresh_documents_are_searched_beside_the_event_loop(tmp_path, fresh):
+    class NeverScanned(tuple):
+        def __contains__(self, name):
+            raise AssertionError(f"{name!r} was looked for in thousands of ids, one after the other")
+
+    finder, search, seen = finder_of(tmp_path, fresh=fresh), fresh.search, []
+
+    def searched(queries, k, keep):
+        seen.append((threading.current_thread() is threading.main_thread(), keep is None))
+        return search(queries, k, keep)
+
+    fresh.search = searched
+    found(finder, "ship")
+    assert seen == []  # there is nothing to search
+    add(fresh, {"document_id": "ferry", "text": "ship"})
+    found(finder, "ship")
+    many = NeverScanned(["ferry", "sky"])
+    assert ids(found(finder, "ship", wanted=Filter(allowed=many))) == ["ferry", "sky"]
+    assert "ferry" not in ids(found(finder, "ship", wanted=Filter(excluded=many)))
+    assert seen == [(False, True), (False, False), (False, False)]  # no filter: none is asked of each
+
+
+def test_a_document_added_while_the_index_is_asked_comes_once(tmp_path, fresh):
+    finder = finder_of(tmp_path, fresh=fresh)
+    finder._fresh.add([{"document_id": "sky", "text": "star"}], vector_of("star")[np.newaxis])
+    good = finder._good
+
+    def meanwhile(answer, scope):
+        lines = good(answer, scope)
+        add(fresh, {"document_id": "harbour", "text": "ship"})
+        return lines
+
+    finder._good = meanwhile
+    hits = found(finder, "ship")
+    assert [(hit.document_id, hit.row) for hit in hits].count(("harbour", None)) == 1
+    assert ids(hits).count("harbour") == 1
 
 
 def test_a_filter_holds_for_fresh_documents_too(tmp_path, fresh):
@@ -285,6 +400,23 @@ def test_a_fresh_document_can_be_what_others_are_related_to(tmp_path, fresh):
     assert ids(related(finder, "ferry"))[0] == "voyage"
 
 
+def test_a_fresh_document_s_vector_is_not_made_again(tmp_path, fresh):
+    class Encoded(WordsEncoding):
+        async def documents(self, texts):
+            raise AssertionError(f"{texts} were encoded when they were added")
+
+    finder = finder_of(tmp_path, fresh=fresh, encoding=Encoded())
+    add(fresh, {"document_id": "ferry", "text": "ship"})
+    assert ids(related(finder, "ferry"))[0] == "voyage"
+
+
+def test_a_fresh_document_that_waits_for_the_version_s_encoder_is_encoded_for_its_neighbours(tmp_path, fresh):
+    fresh.under(DIM, "another encoder").add(
+        [{"document_id": "ferry", "text": "ship"}], vector_of("bread")[None]
+    )
+    assert ids(related(finder_of(tmp_path, fresh=fresh), "ferry"))[0] == "voyage"
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -319,6 +451,19 @@ def test_only_where_nothing_fits_a_passage_is_cut(tmp_path):
     documents = [{"document_id": "long", "title": "Long", "text": "ship sea ship sea ship"}]
     [passage], _ = context(finder_of(tmp_path, documents), "ship", 3)
     assert (passage.text, passage.n_tokens, passage.is_cut) == ("ship sea ship", 3, True)
+
+
+def test_a_passage_s_tokens_are_its_own_and_counted_beside_the_event_loop(tmp_path):
+    threads = set()
+
+    class Prompted(WordsEncoding):
+        def tokens(self, text):
+            threads.add(threading.current_thread())
+            return 4 + len(text.split())  # the prompt "query :" between two marks
+
+    passages, _ = context(finder_of(tmp_path, encoding=Prompted()), "ship", 5)
+    assert [(each.document_id, each.n_tokens) for each in passages] == [("voyage", 3), ("harbour", 2)]
+    assert threading.main_thread() not in threads
 
 
 def test_tokens_are_estimated_where_nobody_counts_them(tmp_path):

@@ -394,39 +394,41 @@ def test_an_encoder_in_use_is_not_forgotten_however_many_come_after(fresh):
     assert found(fresh.under(2, "encoder one"), EAST) == [(1.0, "a")]
 
 
+# --- By words and by titles ------------------------------------------------------------------------------
+
+
+def test_a_fresh_title_is_found_by_its_beginning_until_it_is_removed(fresh):
+    assert fresh.titled("har", 5) == []
+    fresh.add([document("a", title="Harbour"), document("b", "harp\nand words")], rows(EAST, NORTH))
+    assert [each["document_id"] for _, each in fresh.titled("har", 5)] == ["b", "a"]  # the shorter one first
+    assert [each["document_id"] for _, each in fresh.titled("harb", 1)] == ["a"]
+    fresh.remove(["a"])
+    assert fresh.titled("harbo", 5) == []
+
+
+def test_words_are_counted_in_title_and_text_and_a_filter_takes_nobody_s_place(fresh):
+    fresh.add(
+        [document("a", "sea sea", title="Ship"), document("b", "sea"), document("c", "sun")], np.eye(3, 2)
+    )
+
+    def scores_of(words):  # how often a document has "sea"
+        assert words.lengths.tolist() == [3, 1, 1]
+        is_sea = words.hashes == hash("sea")
+        return np.bincount(words.owners[is_sea], words.counts[is_sea], 3)
+
+    def ids(**more):
+        return [(score, each["document_id"]) for score, each in fresh.by_words(scores_of, 1, **more)]
+
+    assert ids() == [(2.0, "a")]
+    assert ids(keep=lambda each: each["document_id"] != "a") == [(1.0, "b")]
+
+
 # --- On the disk -----------------------------------------------------------------------------------------
 
 
 def test_another_process_s_folder_is_refused(fresh, tmp_path):
     with pytest.raises(BusyError, match="another process keeps its fresh documents there; stop it, or give"):
         opened(tmp_path)
-
-
-def test_a_reader_beside_the_writer_sees_what_it_asks_for_again(fresh, tmp_path):
-    fresh.add([document("a")], rows(EAST))
-    with opened(tmp_path, read_only=True) as reader:
-        fresh.add([document("b")], rows(EAST))
-        fresh.remove(["a"])
-        assert (found(reader, EAST), reader.hides) == ([(1.0, "a")], {"a"})
-        assert reader.refresh() is True
-        assert (found(reader, EAST), reader.hides) == ([(1.0, "b")], {"a", "b"})
-        assert reader.refresh() is False
-
-
-def test_a_reader_changes_nothing(tmp_path):
-    opened(tmp_path).close()
-    with opened(tmp_path, read_only=True) as reader:
-        for change in (lambda: reader.add([document("a")], rows(EAST)), lambda: reader.remove(["a"])):
-            with pytest.raises(ServingError, match="opened to be read only") as raised:
-                change()
-            assert raised.value.status == 403
-        assert reader.hides == frozenset()
-
-
-def test_a_reader_of_nothing_says_so(tmp_path):
-    with pytest.raises(ArtifactError, match="is not there: nothing was ever added"):
-        opened(tmp_path / "none", read_only=True)
-    assert not (tmp_path / "none").exists()
 
 
 def test_an_unknown_format_is_refused_by_number(tmp_path):

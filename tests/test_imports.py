@@ -46,10 +46,10 @@ ALLOWED = {  # framework -> modules that may import it
     "httptools": {"serving.http_limits"},
     "orjson": {
         "serving.encoder_server",
-        "serving.encoding",
         "serving.gateway_answers",
         "serving.index_backends",
         "serving.rapidjson",
+        "serving.remote_encoding",
     },
     "uvicorn": {
         "serving.accepting",
@@ -58,9 +58,9 @@ ALLOWED = {  # framework -> modules that may import it
         "serving.http_limits",
         "serving.server",
     },
-    "aiohttp": {"serving.encoding", "serving.index_backends"},
+    "aiohttp": {"serving.index_backends", "serving.remote_encoding"},
     "fastapi": {"serving.encoder_server", "serving.gateway_answers", "serving.gateway_routes"},
-    "uvloop": {"serving.rpc"},
+    "uvloop": {"serving.gateway", "serving.rpc"},
     "scann": {
         "pipeline.saved_index",
         "pipeline.scann_assets",

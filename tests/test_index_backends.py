@@ -1,6 +1,9 @@
 """Two places to search vectors: the version's own rows, and an index server over REST; both answer alike."""
 
 import asyncio
+import contextlib
+import socket
+import struct
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -11,7 +14,14 @@ from serving_parts import free_port
 
 from pipeline.errors import InputError
 from serving.errors import ServingError
-from serving.index_backends import NO_SCORE, RowsIndex, ServedIndex, VersionGoneError
+from serving.index_backends import (
+    NO_SCORE,
+    RowsIndex,
+    ServedIndex,
+    VersionGoneError,
+    _NearByNumPy,
+    _NearByTorch,
+)
 
 IDS = [each["document_id"] for each in DOCUMENTS]
 SHIP = vector_of("ship")[np.newaxis]
@@ -33,6 +43,40 @@ def test_of_equal_scores_the_earlier_document_comes_first():
     assert ids == [["voyage", "harbour", "loaf", "sky"]]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("torch on the cpu", marks=pytest.mark.slow)])
+def test_of_many_that_tie_with_the_last_the_earliest_are_taken(device):
+    scores = np.full(2000, 0.5, np.float32)
+    scores[[700, 1500]] = 0.9, 1.0
+    scores[[3, 10]] = 0.1
+    owners = np.arange(2000)
+    near = (
+        _NearByNumPy(scores[:, np.newaxis], owners, 2000)
+        if device == "cpu"
+        else _NearByTorch(scores[:, np.newaxis], owners, 2000, "cpu")
+    )
+    found, places = near.best(np.ones((1, 1), np.float32), 7, None)
+    assert places.tolist() == [[1500, 700, 0, 1, 2, 4, 5]]
+    np.testing.assert_allclose(found, [[1.0, 0.9, *[0.5] * 5]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_passages", [False, True])
+@pytest.mark.parametrize("is_filtered", [False, True])
+def test_a_device_answers_as_numpy_does(in_passages, is_filtered):
+    made = np.random.default_rng(5)
+    rows = made.integers(-2, 3, (60, 4)).astype(np.float32)  # small whole numbers: many ties, no rounding
+    owners = np.sort(np.r_[np.arange(20), made.integers(0, 20, 40)]) if in_passages else np.arange(60)
+    n = int(owners[-1]) + 1
+    queries = made.integers(-2, 3, (5, 4)).astype(np.float32)
+    passes = made.random(n) < 0.5 if is_filtered else None
+    for k in (1, 7, n):
+        wanted = _NearByNumPy(rows, owners, n).best(queries, k, passes)
+        for got, want in zip(
+            _NearByTorch(rows, owners, n, "cpu").best(queries, k, passes), wanted, strict=True
+        ):
+            np.testing.assert_array_equal(got, want)
+
+
 def test_what_is_not_there_has_no_id():
     scores, ids = searched(RowsIndex(rows_of(DOCUMENTS), IDS), k=6)
     assert ids[0][4:] == ["", ""]
@@ -46,7 +90,6 @@ def test_what_is_not_there_has_no_id():
         ({"allowed": []}, ["", "", ""]),
         ({"excluded": ["voyage"]}, ["harbour", "loaf", "sky"]),
         ({"allowed": ["voyage", "sky"], "excluded": ["voyage"]}, ["sky", "", ""]),
-        ({"minimum_score": 0.8}, ["voyage", "", ""]),
     ],
 )
 def test_a_filter_lets_through_what_it_allows(filtered, found):
@@ -60,6 +103,31 @@ def test_a_document_in_passages_scores_as_its_best_one_and_comes_once():
     scores, ids = searched(index, np.stack([vector_of("sea"), vector_of("bread")]), k=2)
     assert ids == [["book", "note"], ["book", "note"]]
     np.testing.assert_allclose(scores, [[1, 0], [1, 0]])
+
+
+def test_rows_are_held_once_where_their_order_stays():
+    rows = rows_of(DOCUMENTS)
+    assert RowsIndex(rows, IDS)._near._rows is rows
+    assert RowsIndex(rows, ["a", "a", "b", "b"])._near._rows is rows
+
+
+def test_a_product_keeps_to_one_core():
+    index = RowsIndex(rows_of(DOCUMENTS), IDS)
+    seen = []
+
+    class Watched(np.ndarray):
+        def __rmatmul__(self, queries):
+            seen.extend(
+                pool["num_threads"] for pool in index._near._blas.info() if pool["user_api"] == "blas"
+            )
+            return queries @ np.asarray(self)
+
+        __array_priority__ = 1
+        __array_ufunc__ = None
+
+    index._near._rows = index._near._rows.view(Watched)
+    assert searched(index)[1] == [["voyage", "harbour"]]
+    assert set(seen) == {1}
 
 
 def test_too_many_rows_are_refused_with_what_to_do():
@@ -205,6 +273,39 @@ def test_where_nobody_listens_one_line_says_where_and_what_to_do():
     assert caught.value.status == 503
     assert str(caught.value).startswith(f"no index server answers at {url} (")
     assert "start it with `make serve`" in str(caught.value)
+
+
+def test_a_kept_connection_that_is_reset_is_made_anew_once():
+    body = b'{"outputs": {"scores": [[1.0]], "document_ids": [["voyage"]]}}'
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    n_asked = []  # on each connection
+
+    async def serve(reader, writer):
+        n_asked.append(0)
+        number = len(n_asked) - 1
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while asked := await reader.readuntil(b"\r\n\r\n"):
+                length = next(line for line in asked.lower().split(b"\r\n") if b"content-length" in line)
+                await reader.readexactly(int(length.partition(b":")[2]))
+                n_asked[number] += 1
+                if n_asked == [2]:  # the index server is started anew
+                    reset = struct.pack("ii", 1, 0)  # close by a reset, and not by an end
+                    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                    break
+                writer.write(head.encode() + body)
+        writer.close()
+
+    async def ask():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        index = ServedIndex(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "index")
+        try:
+            return [(await index.search(SHIP, 1, version=7))[1] for _ in range(2)]
+        finally:
+            await index.close()
+            server.close()
+
+    assert asyncio.run(ask()) == [[["voyage"]], [["voyage"]]]
+    assert n_asked == [2, 1]
 
 
 @asynccontextmanager

@@ -39,6 +39,7 @@ DOCUMENTS = [
         ("viola", "en", "Viola parts", "Lower than its sister, the violin", "http://example.org/"),
         ("evil", "en", EVIL, f"harm {EVIL}", "javascript:window.harmed=true"),
         ("long", "en", "wide" * 40, "wide " + "w" * 400, None),
+        ("here", "en", "Zephyr", "zephyr", "/news/17"),
     ]
 ]
 
@@ -402,6 +403,7 @@ def test_nothing_is_remembered_unless_one_allows_it(page, gateway):
     page.locator("#results .open").first.click()
     assert page.evaluate("localStorage.length") == 0
     page.check("#remember")
+    page.locator("#results .open").first.click()  # folded again: nothing is opened
     with page.expect_request("**/opened"):
         page.locator("#results .open").first.click()
     reader = page.evaluate("localStorage.reader")
@@ -414,7 +416,115 @@ def test_nothing_is_remembered_unless_one_allows_it(page, gateway):
     assert page.is_checked("#remember")
     page.uncheck("#remember")
     assert page.evaluate("localStorage.length") == 0
-    assert all("user_id" not in body for body in gateway.of("/search"))
+    assert [list(body) for body in gateway.of("/search")] == [["query", "k", "hybrid"]]
+
+
+def test_who_allows_it_is_known_to_every_question_that_a_comparison_splits(page, tab, gateway):
+    page.check("#remember")
+    reader = page.evaluate("localStorage.reader")
+    page.fill("#query", "violin")
+    wait_for_first(page, "Violin for beginners")
+    page.get_by_role("button", name="Related to Violin for beginners").click()
+    wait_for_first(page, "Viola parts")
+    asked = gateway.of("/search") + gateway.of("/related")
+    assert [body["user_id"] for body in asked] == [reader, reader]
+    [suggest] = [url for url in tab.asked if "/suggest" in url]
+    assert suggest.endswith(f"/suggest?q=violin&k=8&user_id={reader}")
+    page.uncheck("#remember")
+
+
+def test_what_was_not_found_by_the_query_is_logged_without_one(page, gateway):
+    page.check("#remember")
+    reader = page.evaluate("localStorage.reader")
+    # links that are followed would leave the page
+    page.evaluate("addEventListener('click', (e) => e.target.closest('a') && e.preventDefault())")
+    page.fill("#query", "violin")
+    wait_for_title(page, "Violin for beginners")
+    wait_for_first(page, "Violin for beginners")
+    page.locator("#titles .title").first.click()
+    page.get_by_role("button", name="Related to Violin for beginners").click()
+    wait_for_first(page, "Viola parts")
+    page.locator("#results .open").first.click()
+    page.click("#back")
+    with page.expect_response("**/opened"):
+        page.locator("#results .open").first.click()
+    found = {"document_id": "violin", "version": 7, "user_id": reader}
+    logged = sorted(gateway.of("/opened"), key=lambda body: (body["document_id"], len(body)))
+    assert logged == [found | {"document_id": "viola"}, found, found | {"query": "violin", "rank": 1}]
+    page.uncheck("#remember")
+
+
+def test_an_open_is_logged_with_the_query_that_found_it_not_with_what_was_typed_since(page, gateway):
+    page.check("#remember")
+    page.fill("#query", "日本語")
+    wait_for_first(page, "日本語の文法")
+    gateway.delays = {"violin": 0.5}
+    page.fill("#query", "violin")
+    with page.expect_response("**/opened"):
+        page.locator("#results .open").first.click()
+    assert gateway.of("/opened")[0]["query"] == "日本語"
+    page.uncheck("#remember")
+
+
+def test_canned_answers_stand_above_the_results_and_lead_only_where_one_may_go(page):
+    paths = ["/help/hours", "https://example.org/h", "javascript:window.harmed=true", f"Desk {EVIL}"]
+    items = [{"document_id": f"i{n}", "path": path, "phrase": f"hours {n}", "score": 0.9}
+             for n, path in enumerate(paths)]  # fmt: skip
+    answer = {"version": 7, "query": "hours", "results": [], "items": items, "took_ms": 1}
+    page.route("**/search", lambda route: route.fulfill(json=answer))
+    page.fill("#query", "hours")
+    page.locator("#items li").first.wait_for()
+    links = page.locator("#items a")
+    assert links.all_inner_texts() == ["hours 0", "hours 1"]
+    assert links.evaluate_all("links => links.map((a) => a.getAttribute('href'))") == [
+        f"{page.url}help/hours",
+        "https://example.org/h",
+    ]
+    assert page.locator("#items .place").all_inner_texts() == paths
+    assert page.locator("#said").inner_text() == "4 answers. No results"
+    assert page.evaluate(
+        "document.getElementById('items').getBoundingClientRect().bottom"
+        " <= document.getElementById('results').getBoundingClientRect().top"
+    )
+    page.unroute("**/search")
+    page.fill("#query", "violin")
+    wait_for_first(page, "Violin for beginners")
+    assert page.locator("#items").is_hidden()
+
+
+def test_an_address_without_a_host_is_this_site_s(page):
+    page.fill("#query", "zephyr")
+    wait_for_first(page, "Zephyr")
+    assert page.locator("#results a.open").first.get_attribute("href") == f"{page.url}news/17"
+
+
+def test_going_back_forgets_related_documents_that_are_under_way(page, gateway):
+    page.fill("#query", "violin")
+    wait_for_first(page, "Violin for beginners")
+    before = results(page)
+    page.get_by_role("button", name="Related to Violin for beginners").click()
+    wait_for_first(page, "Viola parts")
+    gateway.delays = {None: 0.3}  # of what has no query
+    with page.expect_request("**/related"):
+        page.locator("#results .related").first.click()
+    page.click("#back")
+    page.wait_for_timeout(400)
+    assert results(page) == before
+    assert page.locator("#progress").is_hidden()
+
+
+def test_no_language_is_offered_before_it_is_known_which_there_are(page):
+    refused = {"error": "not ready"}
+    page.route("**/health", lambda route: route.fulfill(status=503, json=refused))
+    with page.expect_response("**/health"):
+        page.reload()
+    page.wait_for_timeout(50)
+    assert page.locator("#language-control").is_hidden()
+    assert page.locator("#language option").count() == 1  # any
+    page.unroute("**/health")
+    page.fill("#query", "violin")
+    page.locator("#language-control").wait_for()
+    assert page.locator("#language option").count() == 1 + 5  # en, hi, ja, ko, zh
 
 
 def test_a_phone_of_360_pixels_needs_no_scrolling_aside(page):

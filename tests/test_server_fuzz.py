@@ -157,8 +157,10 @@ def server(tmp_path_factory) -> Iterator[Fuzzed]:
     app = IndexApp(models, searches, Monitoring(), Flags(monitoring="/metrics"))
     try:
         with app_server(app, Limits(max_held_bytes=HELD_BYTES)) as url:
+            fuzzed = Fuzzed(url, models)
+            fuzzed.is_well()  # the first connection opens what the loop keeps
             n_before = n_files()
-            yield Fuzzed(url, models)
+            yield fuzzed
             with raw_connection(url) as (connection, file):  # nothing is held for those who are gone
                 connection.sendall(request("POST", "/v1/models/index:predict", b" " * (HELD_BYTES - 1)))
                 assert read_answer(file).status == 400

@@ -5,12 +5,12 @@
 const WAIT_MS = 120; // after the last letter, before the documents are searched; titles are asked at once
 const N_RESULTS = 10;
 const N_TITLES = 8;
-const LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "nl", "pt", "ru", "th", "tr", "vi", "zh"];
 const NO_ANSWER = "The search does not answer. It may be starting again; it is asked anew when you type.";
 
 const part = (id) => document.getElementById(id);
 const query = part("query");
 const results = part("results");
+const items = part("items");
 const titles = part("titles");
 
 // ---- asking -------------------------------------------------------------------------------------------------
@@ -66,7 +66,8 @@ async function fetched(path, body, signal) {
 const documentsAsker = asker();
 const titlesAsker = asker();
 let timer = 0;
-let shown = { query: "", version: null, results: [] }; // the last answer to a search
+const NOTHING = { query: "", version: null, results: [], items: [] };
+let shown = NOTHING; // the last answer to a search
 let isRelated = false;
 
 function typed() {
@@ -81,10 +82,11 @@ function typed() {
 
 async function askTitles(text) {
   try {
-    const answer = await titlesAsker.ask(`/suggest?q=${encodeURIComponent(text)}&k=${N_TITLES}`);
-    if (answer) showTitles(answer.results ?? []);
+    const asked = new URLSearchParams({ q: text, k: N_TITLES, ...readerField() });
+    const answer = await titlesAsker.ask(`/suggest?${asked}`);
+    if (answer) showTitles(answer.results ?? [], answer.version);
   } catch {
-    showTitles([]); // the search beside it says what is wrong
+    showTitles([], null); // the search beside it says what is wrong
   }
 }
 
@@ -93,22 +95,25 @@ async function search() {
   const text = query.value.trim();
   if (!text) return;
   const hybrid = part("hybrid").checked && !part("hybrid-control").hidden;
-  const body = { query: text, k: N_RESULTS, hybrid };
+  const body = { query: text, k: N_RESULTS, hybrid, ...readerField() };
   const filter = {};
   if (part("language").value) filter.language = part("language").value;
   if (Number(part("least").value) > 0) filter.minimum_score = Number(part("least").value);
   if (Object.keys(filter).length) body.filter = filter;
-  if (reader()) body.user_id = reader();
   await answered("/search", body, (answer) => {
-    shown = { query: text, version: answer.version, results: answer.results };
-    showResults(answer, "Results", false);
+    shown = { query: text, version: answer.version, results: answer.results, items: answer.items ?? [] };
+    showFound();
+    showTook(answer.took_ms);
+    if (!areChoicesKnown) offerChoices();
   });
 }
 
 async function relatedTo(result) {
   clearTimeout(timer);
-  await answered("/related", { document_ids: [result.document_id], k: N_RESULTS }, (answer) => {
-    showResults(answer, `Related to “${nameOf(result)}”`, true);
+  const body = { document_ids: [result.document_id], k: N_RESULTS, ...readerField() };
+  await answered("/related", body, (answer) => {
+    showResults(answer.results, `Related to “${nameOf(result)}”`, true, () => ({ version: answer.version }));
+    showTook(answer.took_ms);
     part("back").focus();
   });
 }
@@ -137,11 +142,11 @@ function made(tag, className, text) {
 
 const nameOf = (document) => document.title || document.document_id;
 
-/** An address that may be followed, or null: a document may say "javascript:" or anything else. */
-function addressOf(document) {
+/** An address that may be followed, whole or from "/" on, or null: a document may say "javascript:" or anything. */
+function addressOf(text) {
+  if (typeof text !== "string" || !/^(https?:|\/)/i.test(text)) return null;
   try {
-    const url = new URL(document.url);
-    return url.protocol === "http:" || url.protocol === "https:" ? url : null;
+    return new URL(text, location.origin);
   } catch {
     return null;
   }
@@ -161,14 +166,14 @@ function opener(document, className, url) {
   return element;
 }
 
-function showTitles(found) {
-  const rows = found.map((document, rank) => {
+function showTitles(found, version) {
+  const rows = found.map((document) => {
     const row = made("li");
-    const url = addressOf(document);
+    const url = addressOf(document.url);
     const element = opener(document, "title stop", url);
     element.title = nameOf(document);
     element.addEventListener("click", () => {
-      if (url) return opened(document, rank);
+      if (url) return opened(document, { version });
       query.value = nameOf(document);
       query.focus();
       typed();
@@ -181,12 +186,24 @@ function showTitles(found) {
   part("no-titles").hidden = found.length > 0;
 }
 
-function showResults(answer, heading, related) {
+/** What the last search found: canned answers first. */
+function showFound() {
+  const { query, version } = shown;
+  showResults(shown.results, "Results", false, (rank) => ({ version, query, rank: rank + 1 }));
+  showItems(shown.items);
+}
+
+function showTook(ms) {
+  part("took").textContent = Number.isFinite(ms) ? `${Math.max(1, Math.round(ms))} ms` : "";
+}
+
+/** Documents under a heading; `foundBy` says of each place what to log when its document is opened. */
+function showResults(found, heading, related, foundBy) {
   isRelated = related;
-  const found = answer.results;
-  results.replaceChildren(...found.map(shownResult));
+  showItems([]);
+  showTook(null);
+  results.replaceChildren(...found.map((result, rank) => shownResult(result, foundBy(rank))));
   part("results-heading").textContent = heading;
-  part("took").textContent = Number.isFinite(answer.took_ms) ? `${Math.max(1, Math.round(answer.took_ms))} ms` : "";
   part("back").hidden = !related;
   part("results-part").hidden = false;
   part("empty").hidden = found.length > 0;
@@ -204,8 +221,24 @@ function saying(count, related) {
   return count === 0 ? `No ${what}s` : count === 1 ? `1 ${what}` : `${count} ${what}s`;
 }
 
-function shownResult(result, rank) {
-  const url = addressOf(result);
+function showItems(found) {
+  items.hidden = found.length === 0;
+  items.replaceChildren(...found.map(shownItem));
+  if (found.length) part("said").prepend(found.length === 1 ? "1 answer. " : `${found.length} answers. `);
+}
+
+function shownItem(item) {
+  const url = addressOf(item.path);
+  const row = made("li", "item");
+  const name = url ? opener({ title: item.phrase }, "open stop", url) : made("span", "", item.phrase);
+  const place = made("span", "place", item.path);
+  name.dir = place.dir = "auto";
+  row.append(name, place);
+  return row;
+}
+
+function shownResult(result, foundBy) {
+  const url = addressOf(result.url);
   const row = made("li");
   const card = made("article", "result");
   const heading = made("h3");
@@ -217,8 +250,9 @@ function shownResult(result, rank) {
   text.dir = "auto";
   card.append(text, footOf(result));
   open.addEventListener("click", () => {
-    if (!url) open.setAttribute("aria-expanded", String(card.classList.toggle("whole")));
-    opened(result, rank);
+    const isOpen = Boolean(url) || card.classList.toggle("whole");
+    if (!url) open.setAttribute("aria-expanded", String(isOpen));
+    if (isOpen) opened(result, foundBy);
   });
   if (!url) open.setAttribute("aria-expanded", "false");
   row.append(card);
@@ -288,8 +322,9 @@ function isBusy(busy) {
 function clearAnswers() {
   documentsAsker.forget();
   titlesAsker.forget();
-  shown = { query: "", version: null, results: [] };
+  shown = NOTHING;
   isRelated = false;
+  showItems([]);
   results.replaceChildren();
   titles.replaceChildren();
   part("results-part").hidden = true;
@@ -332,12 +367,12 @@ function remember() {
   kept.set("reader", part("remember").checked ? id : null);
 }
 
-function opened(document, rank) {
-  const user_id = reader();
-  if (!user_id) return;
-  const text = query.value.trim();
-  const body = { query: text, document_id: document.document_id, rank: rank + 1, user_id };
-  if (shown.version !== null) body.version = shown.version;
+const readerField = () => (reader() ? { user_id: reader() } : {});
+
+/** Logs an open: `foundBy` is the version that showed it, and the query and rank where a search did. */
+function opened(document, foundBy) {
+  if (!reader()) return;
+  const body = { document_id: document.document_id, ...foundBy, ...readerField() };
   const headers = { "Content-Type": "application/json" };
   // keepalive: it is sent although the page is being left
   fetch("/opened", { method: "POST", keepalive: true, headers, body: JSON.stringify(body) }).catch(() => {});
@@ -358,19 +393,22 @@ function offerLanguage(code) {
   part("language").append(option);
 }
 
+let areChoicesKnown = false;
+
 /** The languages that the served version has, and whether it knows words: nothing to choose is not shown. */
 async function offerChoices() {
-  let languages = LANGUAGES;
   try {
     const response = await fetch("/health");
+    if (!response.ok) return; // asked again with the first answer; until then the search says what is wrong
     const health = await response.json();
-    if (Array.isArray(health.languages)) languages = health.languages;
+    const languages = Array.isArray(health.languages) ? health.languages : [];
+    languages.forEach(offerLanguage);
+    part("language-control").hidden = languages.length === 0;
     part("hybrid-control").hidden = health.hybrid === false;
+    areChoicesKnown = true;
   } catch {
-    // the first search says what is wrong
+    // as above
   }
-  languages.forEach(offerLanguage);
-  part("language-control").hidden = languages.length === 0;
 }
 
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
@@ -403,7 +441,9 @@ function move(step) {
 }
 
 function back() {
-  showResults({ results: shown.results }, "Results", false);
+  documentsAsker.forget(); // another document's related ones may be under way
+  isBusy(false);
+  showFound();
   query.focus();
 }
 
