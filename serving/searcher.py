@@ -4,6 +4,8 @@ Loads by TensorFlow's session loader, as TensorFlow Serving does, so that what f
 and in the same words.
 """
 
+import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -110,6 +112,7 @@ class Searcher:
             session.close()
             del session
             gc.collect()  # a TensorFlow graph refers to itself
+            _trim()
 
     def _enter(self) -> None:
         with self._idle:
@@ -186,6 +189,12 @@ def _array(tensor: Tensor) -> np.ndarray:
 def _tensor(value: Any, dtype: str) -> Tensor:
     value = np.asarray(value, dtype=_NUMPY.get(dtype))  # a scalar comes as no array; text stays bytes
     return Tensor(dtype, value.shape, value.ravel())
+
+
+def _trim() -> None:
+    """Give what is free to the system: under load the memory of a version that is gone stays otherwise."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _code(error: Exception) -> str:

@@ -227,7 +227,9 @@ def test_a_million_requests_leave_memory_files_and_threads_as_they_were(base, tm
                     marks.clear()
         last = settled(pid, before.files)
     assert failures == idle.failures == []
-    assert len({(mark.files, mark.threads) for mark in marks}) == 1, marks
+    assert len({mark.threads for mark in marks}) == 1, marks
+    files = [mark.files for mark in marks]
+    assert max(files) - min(files) <= 1, files  # a connection of the load's may just be closing
     assert last.files <= before.files
     # Less than two pointers a request: nothing that belongs to a request stays.
     figures = [mark.rss_anon for mark in marks]
