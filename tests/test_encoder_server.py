@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import logging
 import os
 import re
 import signal
@@ -300,7 +301,7 @@ def test_a_client_that_leaves_in_its_body_s_midst_is_no_fault(caplog):
                     counted = await answer.text()
 
     run_served(work)
-    assert caplog.records == []
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
 
 
 def test_a_full_queue_is_told_with_429():
