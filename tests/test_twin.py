@@ -300,13 +300,17 @@ def embeddings(tmp_path_factory):
 
 FIXED = {  # what is given is not tuned
     "exact_below": 0, "num_leaves": N_LEAVES, "num_leaves_to_search": 6, "num_reordering_candidates": 100,
-    "anisotropic_quantization_threshold": None, "spill": 1.5, "quantize_reordering": "float32",
 }  # fmt: skip
+OWN = {"anisotropic_quantization_threshold": None, "spill": 1.5, "quantize_reordering": "float32"}
 
 
 @pytest.mark.parametrize(
     ("settings", "layer"),
-    [(FIXED, "tuned"), (FIXED | {"layer": "tfrs"}, "tfrs"), ({"exact_below": N_DOCUMENTS + 1}, "exact")],
+    [
+        (FIXED | OWN, "tuned"),
+        (FIXED | {"layer": "tfrs"}, "tfrs"),
+        ({"exact_below": N_DOCUMENTS + 1}, "exact"),
+    ],
     ids=["tuned", "tfrs", "exact"],
 )
 def test_what_stage_index_makes_answers_in_the_twin_as_here(asker, embeddings, tmp_path, settings, layer):
