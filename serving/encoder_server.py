@@ -38,8 +38,8 @@ from serving.encoding import (
     TooLongError,
     WrongRequestError,
 )
-from serving.errors import ServingError
 from serving.leaving import GONE, GoneError, while_there
+from serving.listening import bind
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -472,7 +472,7 @@ def serve(flags: argparse.Namespace) -> None:
     # While it loads; later uvicorn drains at the signal, and then raises it once more, for these.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    listener = bind(flags.host, flags.port)  # before the load: a taken port is known at once
+    listener = bind(flags.host, flags.port, "--port")  # before the load: a taken port is known at once
     folder = model_folder(flags)
     encoding = LocalEncoding.open(
         folder,
@@ -511,24 +511,6 @@ def model_folder(flags: argparse.Namespace) -> Path:
 
     base = flags.model_base_path or Path("work/models") / flags.model_name
     return PublishedVersion(base, newest_version(base)).checked_encoder()
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Take the port without listening yet: until then connections are refused.
-
-    Raises:
-        ServingError: it cannot be taken.
-    """
-    try:
-        [(family, kind, proto, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        listener = socket.socket(family, kind, proto)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise ServingError(
-            f"--port {port}: cannot listen on {host}:{port}: {error.strerror}; choose another"
-        ) from None
-    return listener
 
 
 def _run(app: FastAPI, listener: socket.socket) -> None:

@@ -46,7 +46,7 @@ class Gateway:
     def __init__(
         self, flags: argparse.Namespace, means: Means, feedback: "Feedback | None" = None, split: Any = None
     ) -> None:
-        self.flags, self.feedback = flags, feedback
+        self.flags, self.feedback, self._means = flags, feedback, means
         self.pins = Pins(means, split.compared if split else None, self._prepare)
         self.pins.split = split
         self.metrics = Metrics()
@@ -54,7 +54,7 @@ class Gateway:
 
     @property
     def threads(self) -> Executor | None:
-        return self.pins._means.threads
+        return self._means.threads
 
     async def answered(self, user_id: str | None, ask: Callable[[Pinned], Any]) -> tuple[Pinned, Any]:
         """What a pinned version answers; where the index server no longer has it, what the next one does.
@@ -117,7 +117,7 @@ class Gateway:
         if not all(getattr(encoding, "is_healthy", True) for encoding in encodings):
             raise ServingError("the encoder in this process hangs or has ended: start the gateway again", 503)
         asked = [encoding.queries(["health"]) for encoding in encodings] if self._remote else []
-        served = self.pins._means.served
+        served = self._means.served
         if served is None:
             await asyncio.gather(*asked)
             return [each.version for each in self.pins.served]

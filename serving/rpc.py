@@ -7,7 +7,6 @@ servables/tensorflow/. As there, there is no health service and no reflection.
 
 import asyncio
 import logging
-import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from serving import predict_proto
-from serving.errors import ServingError
+from serving.listening import bind, not_listening
 from serving.protocol import RequestError, Route, Signature, Tensor, TensorInfo
 from serving.versions import Models
 
@@ -110,7 +109,7 @@ class RpcServer:
         self._services, self._host = services, host
         self._max_threads, self._max_message_bytes = max_threads, max_message_bytes
         self._max_held_bytes, self._held_bytes = max_held_bytes, 0
-        self._reserved = reserve(host, port, "--port")
+        self._reserved = bind(host, port, "--port")
         self.port: int = self._reserved.getsockname()[1]
         self._n_running = 0
         self._is_stopping = False
@@ -148,7 +147,7 @@ class RpcServer:
         try:
             server.add_insecure_port(_address(self._host, self.port))
         except RuntimeError as error:
-            raise _not_listening(self._host, self.port, "--port", error) from None
+            raise not_listening(self._host, self.port, "--port", error) from None
         await server.start()
         self._server = server
 
@@ -496,29 +495,6 @@ def _cut(message: str) -> str:
     if len(data) > MESSAGE_LIMIT:
         data = data[:MESSAGE_LIMIT] + b"...TRUNCATED"
     return data.decode("utf-8", "replace")
-
-
-def reserve(host: str, port: int, flag: str) -> socket.socket:
-    """Take a port without listening: until then connections are refused.
-
-    Args:
-        flag: that gave the port.
-
-    Raises:
-        ServingError: it cannot be taken.
-    """
-    try:
-        [(family, kind, proto, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        reserved = socket.socket(family, kind, proto)
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind(address)
-    except OSError as error:
-        raise _not_listening(host, port, flag, error.strerror) from None
-    return reserved
-
-
-def _not_listening(host: str, port: int, flag: str, why: object) -> ServingError:
-    return ServingError(f"{flag} {port}: cannot listen on {host}:{port}: {why}; choose another")
 
 
 def _address(host: str, port: int) -> str:

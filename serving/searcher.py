@@ -77,7 +77,7 @@ class Searcher:
                 return cls(session, loaded.signature_def)
             except Exception as error:  # the loader raises every kind: op errors, ValueError, DecodeError
                 session.close()
-                raise LoadError(_code(error), _text(error) or type(error).__name__) from error
+                raise LoadError(error_code(error), _text(error) or type(error).__name__) from error
 
     def run(self, signature_name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Answer one request; the values of its tensors are NumPy arrays.
@@ -96,7 +96,7 @@ class Searcher:
             call = self._calls[signature_name]
             values = call.run(*[_array(inputs[name]) for name in call.inputs])
         except errors.OpError as error:  # anything else is a fault of this server, and its log wants it whole
-            raise RequestError(_code(error), _text(error)) from error
+            raise RequestError(error_code(error), _text(error)) from error
         finally:
             self._leave()
         return {name: _tensor(v, dtype) for (name, dtype), v in zip(call.outputs, values, strict=True)}
@@ -197,7 +197,7 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _code(error: Exception) -> str:
+def error_code(error: Exception) -> str:
     """TensorFlow's name of an error's code."""
     from tensorflow import errors
 

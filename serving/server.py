@@ -36,6 +36,7 @@ from serving.errors import ServingError
 from serving.flags import Flags
 from serving.handles import Servable
 from serving.http_limits import HTML_TYPE, Connections, Limits, Request, Response, page, refusal
+from serving.listening import bind, not_listening
 from serving.monitoring import Monitoring
 from serving.protocol import RequestError, Route
 from serving.rpc import RpcServer, make_rpc_server
@@ -315,7 +316,7 @@ def serve(flags: Flags) -> None:
     models = make_models(flags, monitoring)
     searches = make_searches(flags, monitoring)
     # Before the load: a taken port is known at once.
-    listener = bind(flags.host, flags.rest_api_port) if flags.rest_api_port else None
+    listener = bind(flags.host, flags.rest_api_port, "--rest_api_port") if flags.rest_api_port else None
     rpc = make_rpc(flags, models, searches, monitoring) if flags.port else None
     stop = threading.Event()
     stop_rpc = cache(lambda: rpc.stop(DRAIN_SECONDS) if rpc is not None else None)  # once
@@ -438,9 +439,7 @@ def answer(app: IndexApp, listener: socket.socket | None, stop_others: Callable[
     try:
         listener.listen(BACKLOG)  # uvloop would say nothing where it fails
     except OSError as error:
-        raise ServingError(
-            f"--rest_api_port {port}: cannot listen on {host}:{port}: {error.strerror}; choose another"
-        ) from None
+        raise not_listening(host, port, "--rest_api_port", error.strerror) from None
     log.info("serving REST at http://%s:%d/v1/models", host, port)
     server.run(sockets=[listener])
 
@@ -454,24 +453,6 @@ def allow_connections(n: int) -> None:
         wanted = hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Take the port without listening yet: until then connections are refused.
-
-    Raises:
-        ServingError: it cannot be taken.
-    """
-    try:
-        [(family, kind, proto, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        listener = socket.socket(family, kind, proto)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise ServingError(
-            f"--rest_api_port {port}: cannot listen on {host}:{port}: {error.strerror}; choose another"
-        ) from None
-    return listener
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from serving import predict_proto
 from serving.handles import LoadError, Servable
 from serving.protocol import RequestError, Signature
+from serving.searcher import error_code
 
 log = logging.getLogger("serving")
 
@@ -62,7 +63,7 @@ def read_records(path: Path) -> Iterator[bytes]:
             "DATA_LOSS", f"{error.message}. Please verify your warmup data is in TFRecord format."
         ) from None
     except tf.errors.OpError as error:
-        raise LoadError(_code(error), error.message) from None
+        raise LoadError(error_code(error), error.message) from None
 
 
 def parse(record: bytes, path: Path) -> Any:
@@ -118,11 +119,3 @@ def _refuse_tasks(tasks: Any, signatures: Mapping[str, Signature]) -> None:
     if not tasks[0].model_spec.name:
         raise RequestError("INVALID_ARGUMENT", "Found ModelSpec with an empty model name.")
     predict_proto.refuse_task(tasks[0], signatures)
-
-
-def _code(error: Any) -> str:
-    """TensorFlow's name of an error's code."""
-    from tensorflow import errors
-
-    names = {number: name for name, number in vars(errors).items() if name.isupper()}
-    return names.get(error.error_code, "UNKNOWN")

@@ -25,9 +25,10 @@ from test_encoding import DIM, SECONDS, WordComputing, until, vector_of
 
 from pipeline.errors import ArtifactError
 from serving import encoder_server
-from serving.encoder_server import bind, make_app, model_folder, parser
+from serving.encoder_server import make_app, model_folder, parser
 from serving.encoding import LocalEncoding, OtherEncoderError
 from serving.errors import ServingError
+from serving.listening import bind
 from serving.remote_encoding import RemoteEncoding
 
 ROOT = Path(__file__).parents[1]
@@ -206,7 +207,7 @@ async def served(app: FastAPI) -> AsyncIterator[str]:
     """The application by uvicorn on a free port; ended as at a SIGTERM."""
     import uvicorn
 
-    listener = bind("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0, "--port")
     config = uvicorn.Config(
         app, log_level="error", lifespan="on", ws="none", timeout_graceful_shutdown=SECONDS
     )
@@ -417,7 +418,7 @@ encoder_server.serve(encoder_server.parser().parse_args(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_the_process_answers_and_ends_at_a_sigterm():
-    with bind("127.0.0.1", 0) as free:
+    with bind("127.0.0.1", 0, "--port") as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-c", SERVE, "--model", "models/words", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
